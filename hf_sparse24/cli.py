@@ -1,0 +1,157 @@
+"""`hf-sparse24`: prune, report, unpack, env. Parses, calls and prints; decides nothing."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from huggingface_hub import snapshot_download
+from rich.console import Console
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from hf_sparse24.capability import environment
+from hf_sparse24.config import Sparse24Config
+from hf_sparse24.pack import unpack_
+from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
+
+# What a folder holds beside the weights and their description: tokenizer, templates, preprocessing.
+_NOT_COMPANIONS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.index.json"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --quantization int8",
+)
+
+Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
+Out = Annotated[Path, typer.Argument(help="The folder to write; must not exist or be empty.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    method: Annotated[str, typer.Option(help="magnitude, or auto.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8 or fp8 (W8A8).")] = None,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="--no-pack writes dense weights with zeros.")] = True,
+    dtype: Dtype = "auto",
+    target_modules: Annotated[list[str] | None, typer.Option(help="Prune only these; repeatable.")] = None,
+    modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Keep these dense; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune MODEL to 2:4 and write it to OUT, packed unless --no-pack.
+
+    Examples:
+
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --quantization int8
+
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-masked --no-pack --modules-to-not-convert down_proj
+    """
+    config = Sparse24Config(
+        method=method,
+        quantization=quantization,
+        pack=pack,
+        target_modules=target_modules or None,
+        modules_to_not_convert=modules_to_not_convert or None,
+    )
+    with _new_folder(out) as folder:
+        pruned = _load(model, dtype, quantization_config=config)
+        _save(pruned, model, folder)
+    _print_report(sparsity_report(pruned), as_json)
+
+
+@app.command()
+def report(model: Model, as_json: AsJson = False) -> None:
+    """Show every matrix of MODEL: its pattern, its bytes, and why it is dense where it is.
+
+    Example:
+
+        hf-sparse24 report ./SmolLM2-2of4
+    """
+    _print_report(sparsity_report(_load(model, "auto")), as_json)
+
+
+@app.command()
+def unpack(model: Model, out: Out, dtype: Dtype = "auto", as_json: AsJson = False) -> None:
+    """Write the packed MODEL as a dense checkpoint with zeros, which any server loads (and runs dense).
+
+    Example:
+
+        hf-sparse24 unpack ./SmolLM2-2of4 ./SmolLM2-dense
+    """
+    with _new_folder(out) as folder:
+        packed = _load(model, dtype)
+        unpacked = unpack_(packed)
+        _save(packed, model, folder)
+    _print_report(unpacked, as_json)
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show versions, devices and which backends can run here, and why not. Paste this into a bug report."""
+    facts = environment()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            typer.echo(f"{name:20} {value}")
+
+
+def main() -> None:
+    """Run the command line; what the user can repair is one line on stderr, without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError) as error:
+        typer.echo(f"hf-sparse24: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+def _load(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a model with the class that its config names, as it was saved."""
+    architectures = AutoConfig.from_pretrained(name).architectures or []
+    model_class = getattr(transformers, architectures[0], AutoModel) if architectures else AutoModel
+    return model_class.from_pretrained(name, dtype=dtype, **kwargs)
+
+
+def _save(model: PreTrainedModel, source: str, folder: Path) -> None:
+    """Write the model, and beside it the tokenizer and other small files of its source."""
+    origin = Path(source)
+    if not origin.is_dir():
+        origin = Path(snapshot_download(source, ignore_patterns=_NOT_COMPANIONS))
+    for file in origin.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COMPANIONS):
+            shutil.copy(file, folder)
+    model.save_pretrained(folder)
+
+
+def _print_report(report: SparsityReport, as_json: bool) -> None:
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        print_sparsity_report(report, Console(width=100))
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` only when all went well."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; remove it or write elsewhere.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

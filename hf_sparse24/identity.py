@@ -1,0 +1,54 @@
+"""What a model says of itself: an ordinary one with zeros in it, or a packed one.
+
+| | dense-masked | packed |
+|---|---|---|
+| weights | ordinary tensors with exact zeros | `Sparse24Linear` |
+| `config.json` | a plain `sparse24` record | a `quantization_config` |
+| loads without this package | yes, as any model | no, with an error |
+
+The record says what was done (method, seed, roles, versions, and which modules were asked for); both forms carry it,
+so that a model can be packed long after it was pruned, and unpacked again.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from hf_sparse24.config import QUANT_METHOD, Sparse24Config
+
+
+def record_of(model: nn.Module) -> dict[str, Any]:
+    """Return the record of a pruned model, dense-masked or packed; empty for any other."""
+    config = getattr(model, "config", None)
+    quantization_config = getattr(config, "quantization_config", None)
+    if isinstance(quantization_config, Sparse24Config):
+        return quantization_config.record()
+    return dict(getattr(config, "sparse24", None) or {})
+
+
+def declare_dense(model: nn.Module, record: dict[str, Any]) -> None:
+    """Make a model an ordinary one, for Trainer, `.half()`, FSDP and servers, with the record in its config."""
+    for key in ("hf_quantizer", "quantization_method", "is_quantized"):
+        model.__dict__.pop(key, None)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            for key in ("quantization_config", "_is_quantized"):
+                module.config.__dict__.pop(key, None)
+    if isinstance(model, PreTrainedModel):
+        model.config.sparse24 = record
+
+
+def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
+    """Make a model a quantized one in the eyes of transformers, so that it saves, reloads and trains as such."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    model.config.__dict__.pop("sparse24", None)
+    model.config.quantization_config = config
+    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True

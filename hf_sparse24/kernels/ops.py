@@ -1,0 +1,70 @@
+"""The operators of the package: the schema and the fake of each one, and nothing else.
+
+Shapes: `input` (..., K); `weight` (N, K/2) and `weight_indices` (N, ceil(K/8)) in format 1 (`hf_sparse24.packing`);
+`weight_scale` (N,) float32 exactly when `weight` is int8 or float8_e4m3fn; `bias` (N,) in the dtype of `input`.
+
+- `linear`: input @ weight.T + bias in the dtype of `input`. With 8-bit weights the input is quantized per token on the
+  way (W8A8). Differentiable in `input`; 8-bit rounding passes gradients straight through.
+- `quantize_per_token`: symmetric dynamic quantization of each row; scale (..., 1) float32.
+- `scaled_linear`: the W8A8 product of an input that `quantize_per_token` made, for siblings that share one.
+
+A backend registers kernels for these names with `torch.library.register_kernel`; `kernels.reference` is the default of
+every device and the oracle of every test.
+"""
+
+import torch
+from torch import Tensor
+
+_SCHEMAS = {
+    "linear": "(Tensor input, Tensor weight, Tensor weight_indices, Tensor? weight_scale, Tensor? bias) -> Tensor",
+    "quantize_per_token": "(Tensor input, ScalarType dtype) -> (Tensor, Tensor)",
+    "scaled_linear": (
+        "(Tensor input, Tensor input_scale, Tensor weight, Tensor weight_indices, Tensor weight_scale, Tensor? bias, "
+        "ScalarType out_dtype) -> Tensor"
+    ),
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"hf_sparse24::{_name}", _schema)
+
+
+@torch.library.register_fake("hf_sparse24::linear")
+def _(
+    input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    _check_operands(input, weight, weight_scale)
+    torch._check(
+        weight_scale is not None or input.dtype == weight.dtype,
+        lambda: f"linear: the input is {input.dtype}, the weight {weight.dtype}",
+    )
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("hf_sparse24::quantize_per_token")
+def _(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return input.new_empty(input.shape, dtype=dtype), input.new_empty(*input.shape[:-1], 1, dtype=torch.float32)
+
+
+@torch.library.register_fake("hf_sparse24::scaled_linear")
+def _(
+    input: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_operands(input, weight, weight_scale)
+    return input.new_empty(*input.shape[:-1], weight.shape[0], dtype=out_dtype)
+
+
+def _check_operands(input: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
+    torch._check(weight.ndim == 2, lambda: f"the packed weight must be 2-D, it has {weight.ndim} dimensions")
+    torch._check(
+        input.shape[-1] == 2 * weight.shape[1],
+        lambda: f"the input has {input.shape[-1]} features, the weight {2 * weight.shape[1]}",
+    )
+    torch._check(
+        (weight_scale is not None) == (weight.dtype in (torch.int8, torch.float8_e4m3fn)),
+        lambda: f"a {weight.dtype} weight comes {'without' if weight_scale is not None else 'with'} a scale",
+    )

@@ -1,0 +1,129 @@
+"""The operators in plain torch: the default kernel of every device, and the oracle of every faster one.
+
+The arithmetic is that of the sparse tensor cores. With 8-bit weights each token is quantized by its own largest
+magnitude, integer products are summed exactly (int32) and FP8 products in float32, and both scales are applied after
+the sum. For bfloat16 activations the FP8 sum is rounded to bfloat16 before the scales, which lets a CPU use its
+bfloat16 units.
+
+Without sparse hardware a packed weight would have to be unpacked at every call. The operators remember instead, for as
+long as the packed tensors live and are not written to, what they unpacked: a projection then costs what a dense one
+does, in time and in memory. The memory comes on top of the packed weight, and the log says so once.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.utils import logging
+
+import hf_sparse24.kernels.ops  # noqa: F401  (defines the operators that are implemented here)
+from hf_sparse24.packing import absmax_scale, round_to, scatter_values
+
+logger = logging.get_logger(__name__)
+
+
+class _Unpacked(NamedTuple):
+    state: tuple[int | torch.dtype, ...]
+    dense: Tensor
+
+
+_UNPACKED = WeakTensorKeyDictionary()
+
+
+def linear(
+    input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
+    if weight_scale is None:
+        torch._check(input.dtype == weight.dtype, lambda: f"the input is {input.dtype}, the weight {weight.dtype}")
+        return F.linear(input, unpacked_once(weight, weight_indices, weight.dtype), bias)
+    quantized, scale = quantize_per_token(input, weight.dtype)
+    return scaled_linear(quantized, scale, weight, weight_indices, weight_scale, bias, input.dtype)
+
+
+def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `input` (..., K) in int8 or float8_e4m3fn and its scale (..., 1) in float32."""
+    scale = absmax_scale(input, dtype)
+    return round_to(input.float() / scale, dtype), scale
+
+
+def scaled_linear(
+    input: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias in `out_dtype`."""
+    rows = input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
+    if weight.dtype == torch.int8:
+        product = integer_matmul(rows, unpacked_once(weight, weight_indices, torch.int8)).float()
+    else:
+        compute = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+        product = F.linear(rows.to(compute), unpacked_once(weight, weight_indices, compute)).float()
+    scaled = (product * weight_scale).unflatten(0, input.shape[:-1]) if input.ndim > 1 else (product * weight_scale)[0]
+    scaled = scaled * input_scale
+    return (scaled if bias is None else scaled + bias.float()).to(out_dtype)
+
+
+def integer_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return the exact product of int8 `left` (M, K) and the transpose of int8 `right` (N, K)."""
+    if left.device.type == "cpu" and left.shape[0] and _cpu_sums_int8_exactly():
+        return torch._int_mm(left, right.t())
+    return F.linear(left.double(), right.double())  # float64 holds every sum below 2^53 exactly
+
+
+@functools.cache
+def _cpu_sums_int8_exactly() -> bool:
+    """Old x86 instructions saturate pairs of int8 products at 16 bits: try the worst case once."""
+    worst = torch.full((32, 64), 127, dtype=torch.int8)
+    products = (torch._int_mm(worst, sign * worst.t()) for sign in (1, -1))
+    return all(bool((p == sign * 64 * 127 * 127).all()) for p, sign in zip(products, (1, -1), strict=True))
+
+
+def unpacked_once(weight: Tensor, weight_indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the dense (N, K) form of packed values in `dtype`, from memory when neither tensor was written to."""
+    state = (dtype, weight.data_ptr(), _version(weight), weight_indices.data_ptr(), _version(weight_indices))
+    known = _UNPACKED.get(weight)
+    if known is None or known.state != state:
+        _say_once(weight.device.type)
+        known = _Unpacked(state, scatter_values(weight.detach(), weight_indices.detach()).to(dtype))
+        _UNPACKED[weight] = known
+    return known.dense
+
+
+def _version(tensor: Tensor) -> int:
+    """Count in-place writes; inference tensors keep no count and cannot be written to outside inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _say_once(device_type: str) -> None:
+    logger.warning_once(
+        f"hf_sparse24 has no sparse kernel for {device_type} here: each packed projection is unpacked at its "
+        f"first use and "
+        "then runs as a dense one, which takes the memory of a dense model on top of the packed one."
+    )
+
+
+def _remember_operands(ctx, inputs, output) -> None:  # noqa: ANN001
+    _, weight, weight_indices, weight_scale, _ = inputs
+    ctx.save_for_backward(weight, weight_indices, weight_scale)
+
+
+def _input_gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    """The packed weight is frozen: only the input has a gradient, through the dequantized weight."""
+    weight, weight_indices, weight_scale = ctx.saved_tensors
+    dense = scatter_values(weight, weight_indices).to(grad.dtype)
+    if weight_scale is not None:
+        dense = dense * weight_scale.unsqueeze(-1).to(grad.dtype)
+    return grad @ dense, None, None, None, None
+
+
+for _operator in (linear, quantize_per_token, scaled_linear):
+    torch.library.register_kernel(f"hf_sparse24::{_operator.__name__}", None, _operator)
+torch.library.register_autograd("hf_sparse24::linear", _input_gradient, setup_context=_remember_operands)

@@ -1,0 +1,3 @@
+from hf_sparse24.nn.linear import Sparse24Linear
+
+__all__ = ["Sparse24Linear"]

@@ -1,0 +1,186 @@
+"""`Sparse24Linear`: a linear layer whose state is a packed 2:4 weight (format 1, see `hf_sparse24.packing`).
+
+A module with plain tensors as its state rather than a tensor subclass: saving, sharding, offload, `deepcopy`,
+`torch.compile` and PEFT need nothing special. It is an `nn.Linear` so that code which looks for linear layers finds
+it, but its `weight` holds the kept values only, at half the width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import hf_sparse24.kernels.reference  # noqa: F401  (registers the default kernels)
+from hf_sparse24.capability import resolve_backend
+from hf_sparse24.packing import (
+    QUANTIZED_DTYPES,
+    PackedWeight,
+    check_packed,
+    indices_width,
+    pack_weight,
+    unpack_weight,
+)
+from hf_sparse24.pattern import check_finite, check_in_features
+
+
+class Sparse24Linear(nn.Linear):
+    """y = x W^T + b with W packed 2:4, optionally with W and x in 8 bits (W8A8).
+
+    Args:
+        in_features (`int`): K, divisible by 4.
+        out_features (`int`): N.
+        bias (`bool`): whether there is a bias.
+        quantization (`str`, *optional*): `"int8"` or `"fp8"`: 8-bit values with a scale per output channel, inputs
+            quantized per token at run time.
+        backend (`str`): `"auto"`, or a backend that must be able to run here.
+        device, dtype: of the parameters; with quantization `dtype` is that of the bias and of the dense weight.
+
+    The state: `weight` (N, K/2), `weight_indices` (N, ceil(K/8)) uint8, `weight_scale` (N,) float32 with quantization,
+    `bias` (N,). All but the bias are frozen; gradients reach the input.
+
+    Raises:
+        `ValueError`: in_features is not divisible by four, or the quantization or backend is unknown or cannot run.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        quantization: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate the dense weight
+        check_in_features(in_features, type(self).__name__)
+        if quantization is not None and quantization not in QUANTIZED_DTYPES:
+            raise ValueError(f"quantization must be None or one of {sorted(QUANTIZED_DTYPES)}; got {quantization!r}.")
+        self.in_features, self.out_features = in_features, out_features
+        self.quantization = quantization
+        self.backend = resolve_backend(backend)
+        self.dense_dtype = dtype or torch.get_default_dtype()
+        self.source_class: type[nn.Module] = nn.Linear
+        value_dtype = QUANTIZED_DTYPES[quantization] if quantization else self.dense_dtype
+        self.weight = _frozen(torch.empty(out_features, in_features // 2, dtype=value_dtype, device=device))
+        self.weight_indices = _frozen(
+            torch.empty(out_features, indices_width(in_features), dtype=torch.uint8, device=device)
+        )
+        scale = torch.empty(out_features, dtype=torch.float32, device=device) if quantization else None
+        self.weight_scale = None if scale is None else _frozen(scale)
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dense_dtype, device=device))
+
+    @classmethod
+    def like(cls, linear: nn.Module, quantization: str | None = None, backend: str = "auto") -> "Sparse24Linear":
+        """Return an uninitialized packed layer shaped and placed like an `nn.Linear` or `Conv1D`."""
+        _check_linear(linear)
+        out_features, in_features = dense_weight(linear).shape
+        packed = cls(
+            in_features,
+            out_features,
+            linear.bias is not None,
+            quantization,
+            backend,
+            linear.weight.device,
+            linear.weight.dtype,
+        )
+        packed.source_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
+        return packed.train(linear.training)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, quantization: str | None = None, backend: str = "auto", name: str = "the layer"
+    ) -> "Sparse24Linear":
+        """Pack a layer that is already 2:4. The layer itself is left as it is; its bias is shared.
+
+        Args:
+            linear (`nn.Linear` or `Conv1D`): the layer.
+            quantization (`str`, *optional*): `"int8"` or `"fp8"`.
+            backend (`str`): as in the class.
+            name (`str`): how the layer is called in a message.
+
+        Raises:
+            `ValueError`: the weight is not 2:4, not finite, or of a dtype that has no packed form.
+            `TypeError`: `linear` is neither an `nn.Linear` nor a `Conv1D`.
+        """
+        _check_linear(linear)
+        weight = dense_weight(linear)
+        check_finite(weight, name)
+        packed = pack_weight(weight, quantization, name)
+        with torch.device("meta"):
+            result = cls.like(linear, quantization, backend)
+        result.weight = _frozen(packed.weight)
+        result.weight_indices = _frozen(packed.weight_indices)
+        result.weight_scale = None if packed.weight_scale is None else _frozen(packed.weight_scale)
+        if linear.bias is not None:
+            result.bias = linear.bias
+        return result
+
+    def to_linear(self) -> nn.Module:
+        """Return the dense layer, an `nn.Linear` or a `Conv1D` as it was, with explicit zeros."""
+        weight = unpack_weight(self.packed, self.dense_dtype)
+        if self.source_class is Conv1D:
+            with torch.device("meta"):
+                dense: nn.Module = Conv1D(self.out_features, self.in_features)
+            dense.weight = nn.Parameter(weight.t().contiguous())
+        else:
+            dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+            dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach())
+        return dense.train(self.training)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the three tensors of format 1."""
+        return PackedWeight(self.weight, self.weight_indices, self.weight_scale)
+
+    def check(self, name: str) -> None:
+        """Raise `ValueError` when the state, as read from a file, is not format 1 (see `packing.check_packed`)."""
+        check_packed(self.packed, (self.out_features, self.in_features), name)
+
+    def reset_parameters(self) -> None:
+        """Refuse: a packed layer is read from a checkpoint or made by `from_linear`, never initialized at random."""
+        raise RuntimeError("Sparse24Linear has no random initialization; load a packed checkpoint or use from_linear.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to `input` (..., K) in float32, float16 or bfloat16, and return (..., N) in that dtype."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.dense_dtype)
+        return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as nn.Linear does, and its quantization."""
+        return f"{super().extra_repr()}, quantization={self.quantization}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sparse24Linear":
+        """Move, but never cast, 8-bit values and their scales: `.to(dtype)` sees them as integers."""
+        if self.quantization is None:
+            super()._apply(fn, recurse)
+        else:
+            weight, scale = self.weight, self.weight_scale
+            self.weight = _frozen(weight.data.view(torch.int8))
+            self.weight_scale = _frozen(scale.data.view(torch.int32))
+            super()._apply(fn, recurse)
+            self.weight = _frozen(self.weight.data.view(weight.dtype))
+            self.weight_scale = _frozen(self.weight_scale.data.view(torch.float32))
+        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
+        return self
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """Return the weight of an `nn.Linear` or `Conv1D` as (out, in), a view."""
+    weight = linear.weight.detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def _check_linear(linear: nn.Module) -> None:
+    if isinstance(linear, Sparse24Linear) or not isinstance(linear, nn.Linear | Conv1D):
+        raise TypeError(f"Packing needs an nn.Linear or a transformers Conv1D; got {type(linear).__name__}.")
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,256 @@
+"""Format 1: the portable form of a 2:4 weight, as it stands in a checkpoint.
+
+For a projection of shape (N, K), K divisible by 4 (a leading expert dimension is allowed everywhere):
+
+- `weight` (N, K/2): the two kept values of each group of four, ascending column order, row-major;
+- `weight_indices` (N, ceil(K/8)) uint8: a nibble a group, `i0 | i1 << 2` with i0 < i1 the columns of the two values;
+  the even group lies in the low nibble, and the high nibble of an odd last byte is zero;
+- `weight_scale` (N,) float32, only with 8-bit values: real weight = value * scale.
+
+No vendor layout: cuSPARSELt's, CUTLASS's and torchao's buffers all begin with these same values, and their metadata is
+rebuilt on the device. A group with fewer than two nonzeros stores explicit zeros in its lowest free columns, so that a
+weight has exactly one packed form. Nothing here knows of modules or files.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_sparse24.pattern import (
+    GROUP_SIZE,
+    bits_of,
+    check_in_features,
+    find_violations,
+    group_columns,
+    is_nonzero,
+    keep_bits,
+    mask_2to4,
+)
+
+FORMAT_VERSION = 1
+
+VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
+QUANTIZED_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+_BLOCK_ELEMENTS = 1 << 20
+
+
+class PackedWeight(NamedTuple):
+    """A 2:4 weight in format 1; the shapes are in the module's docstring."""
+
+    weight: Tensor
+    weight_indices: Tensor
+    weight_scale: Tensor | None = None
+
+
+def indices_width(in_features: int) -> int:
+    """Return how many bytes hold the indices of one row."""
+    return math.ceil(in_features / (2 * GROUP_SIZE))
+
+
+def pack_weight(weight: Tensor, quantization: str | None = None, name: str = "the weight") -> PackedWeight:
+    """Pack a weight that is already 2:4.
+
+    Args:
+        weight (`Tensor`): (N, K) or (E, N, K) in one of `VALUE_DTYPES`.
+        quantization (`str`, *optional*): `"int8"` or `"fp8"` to quantize the kept values per output channel.
+        name (`str`): how the tensor is called in a message.
+
+    Raises:
+        `ValueError`: the weight is not 2:4, or its shape, dtype or `quantization` has no packed form.
+
+    ```python
+    >>> packed = pack_weight(torch.tensor([[0.0, 5, 0, 7, 1, 0, 0, 0]]))
+    >>> packed.weight.tolist(), packed.weight_indices.tolist()
+    ([[5.0, 7.0, 1.0, 0.0]], [[77]])
+
+    ```
+    """
+    _check_value_dtype(weight.dtype, name)
+    check_in_features(weight.shape[-1], name)
+    found = find_violations(weight)
+    if found.count:
+        raise ValueError(
+            f"Packing needs a 2:4 weight; {found.count} of the {found.groups} groups of {name} hold more than "
+            f"two nonzeros, "
+            f"the first at {found.first}. Prune it with prune_ first."
+        )
+    *leading, in_features = weight.shape
+    values = torch.empty(*leading, in_features // 2, dtype=weight.dtype, device=weight.device)
+    indices = torch.empty(*leading, indices_width(in_features), dtype=torch.uint8, device=weight.device)
+    for source, value_block, index_block in zip(
+        _blocks(weight, in_features), _blocks(values, in_features), _blocks(indices, in_features), strict=True
+    ):
+        _pack_block(source, value_block, index_block)
+    if quantization is None:
+        return PackedWeight(values, indices)
+    quantized, scale = quantize_rows(values, quantization)
+    return PackedWeight(quantized, indices, scale)
+
+
+def unpack_weight(packed: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense (..., N, K) weight with explicit zeros.
+
+    Args:
+        packed (`PackedWeight`): as `pack_weight` returns it. With a scale the values are multiplied by it.
+        dtype (`torch.dtype`, *optional*): of the result; default is that of the values, or float32 with a scale.
+    """
+    if packed.weight_scale is None:
+        return scatter_values(packed.weight, packed.weight_indices).to(dtype or packed.weight.dtype)
+    values = packed.weight.float() * packed.weight_scale.unsqueeze(-1)
+    return scatter_values(values.to(dtype or torch.float32), packed.weight_indices)
+
+
+def scatter_values(values: Tensor, indices: Tensor) -> Tensor:
+    """Write packed values (..., K/2) into a dense tensor (..., K) of the same dtype, +0 elsewhere."""
+    in_features = values.shape[-1] * 2
+    dense = torch.empty(*values.shape[:-1], in_features, dtype=values.dtype, device=values.device)
+    for value_block, index_block, target in zip(
+        _blocks(values, in_features), _blocks(indices, in_features), _blocks(dense, in_features), strict=True
+    ):
+        low, high = bits_of(value_block).unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = _columns_of_values(index_block, in_features // GROUP_SIZE)
+        columns = [keep_bits(low, first == c) | keep_bits(high, second == c) for c in range(GROUP_SIZE)]
+        bits_of(target).copy_(torch.stack(columns, -1).flatten(-2))
+    return dense
+
+
+def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+    """Quantize symmetrically, one scale an output channel.
+
+    INT8 rounds to the nearest integer (halves to even) in [-127, 127]; FP8 is e4m3, saturating at 448. The largest
+    magnitude of a row maps to the largest value; a row of zeros has scale 1. Zero stays zero and never becomes -0.0.
+
+    Args:
+        weight (`Tensor`): (..., N, K), floating; dense or the values of a packed weight.
+        quantization (`str`): `"int8"` or `"fp8"`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: values (..., N, K) in int8 or float8_e4m3fn, and scale (..., N) in float32.
+    """
+    if quantization not in QUANTIZED_DTYPES:
+        raise ValueError(f"quantization must be one of {sorted(QUANTIZED_DTYPES)}; got {quantization!r}.")
+    dtype = QUANTIZED_DTYPES[quantization]
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        raise ValueError(f"Only float32, float16 and bfloat16 weights can be quantized; got {weight.dtype}.")
+    width = weight.shape[-1]
+    quantized = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    for source, target, target_scale in zip(
+        _blocks(weight, width), _blocks(quantized, width), _blocks(scale.unsqueeze(-1), width), strict=True
+    ):
+        target_scale.copy_(absmax_scale(source, dtype))
+        target.copy_(round_to(source.float().div_(target_scale), dtype))
+    return quantized, scale
+
+
+def absmax_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the float32 scale (..., 1) that maps each row's largest magnitude to the largest value of `dtype`.
+
+    A row of zeros gets 1. NaN and infinity stay in the scale, so that what is computed with it is not finite either.
+    """
+    scale = tensor.abs().amax(-1, keepdim=True).float() / LARGEST_VALUE[dtype]
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 `scaled` to int8 (halves to even) or to float8_e4m3fn, saturating and without -0.0."""
+    bound = LARGEST_VALUE[dtype]
+    if dtype == torch.int8:
+        return scaled.round().clamp_(-bound, bound).to(dtype)
+    rounded = scaled.clamp(-bound, bound).to(dtype)
+    return keep_bits(bits_of(rounded), is_nonzero(rounded)).view(dtype)
+
+
+def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> None:
+    """Raise `ValueError` when a packed weight, as read from a file, is not format 1 of a weight of `shape`.
+
+    Args:
+        packed (`PackedWeight`): what was read.
+        shape (`tuple[int, ...]`): (..., N, K) of the dense weight.
+        name (`str`): the module, for the message.
+    """
+    *leading, in_features = shape
+    _check_value_dtype(packed.weight.dtype, name)
+    quantized = packed.weight.dtype in LARGEST_VALUE
+    expected = {
+        "weight": ((*leading, in_features // 2), packed.weight.dtype, packed.weight),
+        "weight_indices": ((*leading, indices_width(in_features)), torch.uint8, packed.weight_indices),
+    }
+    if quantized != (packed.weight_scale is not None):
+        state = "missing" if quantized else "present"
+        raise _corrupt(f"{name}.weight_scale is {state} beside {_short(packed.weight.dtype)} values")
+    if packed.weight_scale is not None:
+        expected["weight_scale"] = (tuple(leading), torch.float32, packed.weight_scale)
+    for key, (wanted_shape, wanted_dtype, tensor) in expected.items():
+        if tuple(tensor.shape) != wanted_shape:
+            raise _corrupt(
+                f"{name}.{key} has shape {tuple(tensor.shape)}, format 1 of {tuple(shape)} has {wanted_shape}"
+            )
+        if tensor.dtype != wanted_dtype:
+            raise _corrupt(f"{name}.{key} is {_short(tensor.dtype)}, format 1 has {_short(wanted_dtype)}")
+    _check_indices(packed.weight_indices, in_features, name)
+    if packed.weight_scale is not None and not bool(
+        (packed.weight_scale.isfinite() & (packed.weight_scale > 0)).all()
+    ):
+        raise _corrupt(f"{name}.weight_scale holds a value that is not a positive finite number")
+
+
+def _check_indices(indices: Tensor, in_features: int, name: str) -> None:
+    first, second = _columns_of_values(indices, in_features // GROUP_SIZE)
+    descending = first >= second
+    if bool(descending.any()):
+        where = tuple(descending.nonzero()[0].tolist())
+        raise _corrupt(f"{name}.weight_indices is not ascending, the first time at (row, group) {where}")
+    if in_features % (2 * GROUP_SIZE) and bool((indices[..., -1] >> 4).any()):
+        raise _corrupt(f"{name}.weight_indices has a nonzero unused last nibble")
+
+
+def _corrupt(found: str) -> ValueError:
+    return ValueError(f"The packed checkpoint is damaged: {found}. Download or save it again.")
+
+
+def _check_value_dtype(dtype: torch.dtype, name: str) -> None:
+    if dtype not in VALUE_DTYPES:
+        known = ", ".join(map(_short, VALUE_DTYPES))
+        raise ValueError(
+            f"Format 1 stores {known}; {name} is {_short(dtype)}. Load the model with one of these dtypes."
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pack_block(weight: Tensor, values: Tensor, indices: Tensor) -> None:
+    """Fill `values` and `indices` with the packed form of a block of rows."""
+    nonzero = is_nonzero(weight)
+    # The mask of "is nonzero" is the canonical one: nonzeros first, then the lowest columns.
+    keeps_a, keeps_b, keeps_c, keeps_d = group_columns(mask_2to4(nonzero))
+    drops_a, drops_d = ~keeps_a, ~keeps_d
+    a, b, c, d = group_columns(keep_bits(bits_of(weight), nonzero))  # -0.0 becomes +0.0
+    low = keep_bits(a, keeps_a) | keep_bits(b, drops_a & keeps_b) | keep_bits(c, drops_a & ~keeps_b)
+    high = keep_bits(d, keeps_d) | keep_bits(c, drops_d & keeps_c) | keep_bits(b, drops_d & ~keeps_c)
+    bits_of(values).copy_(torch.stack((low, high), -1).flatten(-2))
+    first = drops_a.to(torch.uint8).add_(drops_a & ~keeps_b)
+    second = (keeps_c | keeps_d).to(torch.uint8).add_(keeps_d).add_(1)
+    nibbles = second.mul_(4).add_(first)
+    indices.copy_(nibbles[..., ::2])
+    indices[..., : nibbles.shape[-1] // 2].add_(nibbles[..., 1::2] * 16)
+
+
+def _columns_of_values(indices: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return the columns, 0 to 3, of the first and second value of each group, each (..., groups) uint8."""
+    nibbles = torch.stack((indices & 15, indices >> 4), -1).flatten(-2)[..., :groups]
+    return nibbles & 3, nibbles >> 2
+
+
+def _blocks(tensor: Tensor, row_elements: int) -> tuple[Tensor, ...]:
+    """Cut a (..., N, x) tensor into blocks of the rows that hold about a million weights on a CPU, all on a GPU."""
+    rows = tensor.flatten(0, -2)
+    if tensor.device.type != "cpu":
+        return (rows,)
+    return rows.split(max(1, _BLOCK_ELEMENTS // max(row_elements, 1)))

@@ -1,0 +1,92 @@
+"""`prune_`: choose the projections of a model, choose their weights, write the zeros, say what was done."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from hf_sparse24.config import Sparse24Config
+from hf_sparse24.criteria.saliency import SALIENCY
+from hf_sparse24.identity import declare_dense
+from hf_sparse24.pattern import check_finite, prune_2to4
+from hf_sparse24.report import SparsityReport, sparsity_report
+from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.version import __version__
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: Any = None) -> SparsityReport:
+    """Prune a model in memory to 2:4, in place. The weights stay dense tensors, with exact zeros.
+
+    The config of the model gets a `sparse24` record of what was done.
+
+    One tensor at a time is replaced by its pruned copy, so the peak is the model and one projection.
+
+    Args:
+        model (`nn.Module`): a transformers model, on any device.
+        config (`Sparse24Config`, *optional*): method and modules; `pack` and `quantization` are left to `pack_`.
+        calibration (*optional*): inputs for calibrated methods.
+
+    Returns:
+        `SparsityReport`: what the model is made of now.
+
+    Raises:
+        `ValueError`: a name in the config matches nothing, nothing is left to prune, or a weight is not finite or is
+            offloaded. The model is then as it was before the module that is named.
+        `NotImplementedError`: the method is not available in this version.
+    """
+    config = config or Sparse24Config()
+    method = resolve_method(config, calibration)
+    selection = select(model, config.target_modules, config.modules_to_not_convert)
+    prune_selected_(model, selection, method)
+    declare_dense(model, config.record(method, selection.roles))
+    return sparsity_report(model, config.target_modules, config.modules_to_not_convert)
+
+
+def prune_selected_(model: nn.Module, selection: Selection, method: str) -> None:
+    """Prune the targets of a selection in place, with a method that needs no data."""
+    if not selection.targets:
+        reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "it has none"
+        raise ValueError(
+            f"Nothing to prune in {type(model).__name__}: every matrix stays dense ({reasons}). "
+            "Name projections with target_modules."
+        )
+    for target in logging.tqdm(selection.targets, desc="Pruning to 2:4", unit="matrix", leave=False):
+        _prune_target_(model.get_submodule(target.module_name), target, method)
+
+
+def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
+    """Return the method that runs. "auto" without data is magnitude, and says what that costs.
+
+    Raises:
+        `NotImplementedError`: the method is not available in this version.
+    """
+    has_data = calibration is not None or config.dataset is not None
+    if config.method == "auto" and not has_data:
+        logger.warning_once(
+            "Sparse24Config(method='auto') without a dataset prunes by magnitude. A language model then needs "
+            "retraining: "
+            "magnitude alone ruins its perplexity."
+        )
+        return "magnitude"
+    if config.method not in SALIENCY or has_data:
+        asked = f"method={config.method!r}" + (" with calibration data" if has_data else "")
+        raise NotImplementedError(
+            f"{asked} is not available yet in hf_sparse24 {__version__}; use method='magnitude' without data."
+        )
+    return config.method
+
+
+def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
+    parameter = getattr(module, target.parameter)
+    if parameter.is_meta:
+        raise ValueError(
+            f"{target.name} is offloaded and cannot be pruned where it is. Load the model onto one device, save "
+            f"it packed, "
+            "and load that with the device map."
+        )
+    check_finite(parameter, target.name)
+    parameter.data = prune_2to4(parameter.data, SALIENCY[method](parameter.data), target.dim)

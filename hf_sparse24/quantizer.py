@@ -1,0 +1,130 @@
+"""The seam to transformers: how `from_pretrained` and `save_pretrained` prune, pack, write and read 2:4 models.
+
+The only module that knows transformers' loading internals; it works with transformers 5.17 and later.
+
+- A dense checkpoint: loaded as always, then pruned and, with `pack=True`, packed, one projection at a time. With
+  `pack=False` every trace of quantization is removed: the result is an ordinary model with zeros in it, and only a
+  plain
+  `sparse24` entry in its config says how they came there.
+- A packed checkpoint: the target layers are swapped for empty packed ones while the model is on the meta device. The
+  checkpoint's keys are then simply theirs.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from hf_sparse24.capability import resolve_backend
+from hf_sparse24.config import QUANT_METHOD, Sparse24Config
+from hf_sparse24.identity import declare_dense, declare_packed
+from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
+from hf_sparse24.packing import QUANTIZED_DTYPES
+from hf_sparse24.prune import prune_selected_, resolve_method
+from hf_sparse24.selection import Selection, select
+
+
+class Sparse24HfQuantizer(HfQuantizer):
+    """Prunes and packs on load, or reads a packed checkpoint. Registered for `quant_method: "sparse24"`."""
+
+    requires_calibration = False
+    quantization_config: Sparse24Config
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse, before anything is loaded, what cannot work.
+
+        Raises:
+            `ValueError`: weights would go to disk, or the backend cannot run here.
+            `NotImplementedError`: the method is not available in this version.
+        """
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if "disk" in devices:
+            raise ValueError(
+                "2:4 weights cannot be offloaded to disk: what is pruned there would be lost. "
+                "Use a device_map without 'disk', or a smaller model part per device."
+            )
+        resolve_backend(self.quantization_config.backend)
+        if not self.pre_quantized:
+            resolve_method(self.quantization_config)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """On the meta device: check the names that the user gave, or make room for packed weights."""
+        config = self.quantization_config
+        if self.pre_quantized:
+            make_packed_skeleton_(model, self._select(model), config.quantization, config.backend)
+        else:
+            select(model, config.target_modules, config.modules_to_not_convert)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """With the weights in place: check what was read, or prune and pack."""
+        if self.pre_quantized:
+            _finish_reading(model)
+            return
+        config = self.quantization_config
+        method, selection = resolve_method(config), self._select(model)
+        prune_selected_(model, selection, method)
+        record = config.record(method, selection.roles)
+        if config.pack:
+            pack_selected_(model, selection, config.quantization, config.backend)
+            declare_packed(model, Sparse24Config.of_checkpoint(record, config.quantization))
+        else:
+            declare_dense(model, record)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """`model.dequantize()`: dense layers with explicit zeros, in `dtype`."""
+        unpack_(model)
+        return model if dtype is None else model.to(dtype)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Never cast FP8 values on the way in, whatever dtype the model keeps this module in."""
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        return None if "F8" in stored or "float8" in stored else super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        """A packed model is saved as plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top of packed layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operators have fakes: `torch.compile(fullgraph=True)` and static caches work."""
+        return True
+
+    def _select(self, model: PreTrainedModel) -> Selection:
+        config = self.quantization_config
+        return select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
+
+
+def _finish_reading(model: PreTrainedModel) -> None:
+    """Restore dtypes and freezing that the loader does not know of, and verify every packed layer."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Sparse24Linear):
+            continue
+        for key in ("weight", "weight_indices", "weight_scale"):
+            tensor = getattr(module, key)
+            if tensor is not None:
+                tensor.requires_grad_(False)
+        if module.quantization and module.weight.dtype != QUANTIZED_DTYPES[module.quantization]:
+            # Before 5.21 the loader widens FP8 to the dtype of the model, which loses nothing.
+            values = module.weight.data.to(QUANTIZED_DTYPES[module.quantization])
+            module.weight = torch.nn.Parameter(values, requires_grad=False)
+        if not module.weight.is_meta:  # offloaded weights live in accelerate's hooks
+            module.check(name)
+
+
+def register() -> None:
+    """Tell transformers about `quant_method: "sparse24"`. Safe to call again, as a module reload does."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    register_quantization_config(QUANT_METHOD)(Sparse24Config)
+    register_quantizer(QUANT_METHOD)(Sparse24HfQuantizer)
+
+
+register()

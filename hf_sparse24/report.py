@@ -1,0 +1,197 @@
+"""What a model is made of: every matrix with its pattern, its bytes, and why it is dense where it is.
+
+`sparsity_report` computes, for any model: pruned or not, packed or not. Printing is separate.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hf_sparse24.identity import record_of
+from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.pattern import density, find_violations
+from hf_sparse24.selection import Skipped, Target, role_of, select
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityRow:
+    """One matrix of a model.
+
+    Attributes:
+        name (`str`): path of the module, or of the parameter where a module holds several.
+        role (`str`, *optional*): q, k, v, o, gate, up, down ...; None outside attention and feed-forward.
+        shape (`tuple[int, ...]`): of the dense weight.
+        dtype (`str`): of the stored values.
+        state (`str`): `"packed"`, `"pruned"` (2:4, stored dense) or `"dense"`.
+        density (`float`): share of nonzeros.
+        violating_groups (`int`, *optional*): groups of four with more than two nonzeros; None where it was not asked.
+        bytes_dense (`int`): of the dense weight in the dtype of the model.
+        bytes_stored (`int`): of all tensors that hold it now.
+        reason (`str`, *optional*): why it is dense.
+    """
+
+    name: str
+    role: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    state: str
+    density: float
+    violating_groups: int | None
+    bytes_dense: int
+    bytes_stored: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityReport:
+    """The rows of a model, in the order of its modules, and their totals."""
+
+    rows: tuple[SparsityRow, ...]
+
+    @property
+    def sparse_rows(self) -> tuple[SparsityRow, ...]:
+        """The rows that are 2:4, packed or not."""
+        return tuple(row for row in self.rows if row.state != "dense")
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Counts and bytes over all rows, and over the rows that are 2:4 alone."""
+        sparse = self.sparse_rows
+        return {
+            "matrices": len(self.rows),
+            "matrices_2to4": len(sparse),
+            "violating_groups": sum(row.violating_groups or 0 for row in self.rows),
+            "bytes_dense": sum(row.bytes_dense for row in self.rows),
+            "bytes_stored": sum(row.bytes_stored for row in self.rows),
+            "bytes_dense_2to4": sum(row.bytes_dense for row in sparse),
+            "bytes_stored_2to4": sum(row.bytes_stored for row in sparse),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return rows and totals as plain values."""
+        return {"rows": [asdict(row) for row in self.rows], "totals": self.totals}
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def sparsity_report(
+    model: nn.Module,
+    target_modules: Sequence[str] | str | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+) -> SparsityReport:
+    """Describe every matrix of a model.
+
+    Args:
+        model (`nn.Module`): any transformers model, pruned or not, packed or not.
+        target_modules, modules_to_not_convert: as in `Sparse24Config`; what was asked when the model was made, so
+            that the reasons are those. Default: what the model's own config says.
+    """
+    record = record_of(model)
+    selection = select(
+        model,
+        target_modules or record.get("target_modules"),
+        modules_to_not_convert or record.get("modules_to_not_convert"),
+        strict=False,
+    )
+    rows = []
+    for matrix in selection.matrices:
+        module = model.get_submodule(matrix.module_name)
+        row = _packed_row(matrix.name, module) if isinstance(module, Sparse24Linear) else _dense_row(matrix, module)
+        rows.append(row)
+    return SparsityReport(tuple(rows))
+
+
+def print_sparsity_report(report: SparsityReport | nn.Module, console: Console | None = None) -> None:
+    """Print a report, or the report of a model, with the layers of one kind in one line; fits 100 columns."""
+    if isinstance(report, nn.Module):
+        report = sparsity_report(report)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 100
+    console.print(report_table(report))
+    totals = report.totals
+    sparse, dense = totals["bytes_stored_2to4"], totals["bytes_dense_2to4"]
+    ratio = f" ({sparse / dense:.3f}x)" if dense else ""
+    console.print(
+        f"2:4: {totals['matrices_2to4']} of {totals['matrices']} matrices, {_megabytes(dense)} dense -> "
+        f"{_megabytes(sparse)} stored{ratio}; whole model {_megabytes(totals['bytes_dense'])} -> "
+        f"{_megabytes(totals['bytes_stored'])}; violating groups: {totals['violating_groups']}"
+    )
+
+
+def report_table(report: SparsityReport) -> Table:
+    """Build the rich table of a report."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("matrix", overflow="fold", ratio=1)
+    for title in ("n", "shape", "dtype", "state", "density", "MB"):
+        table.add_column(title, justify="right" if title in ("n", "density", "MB") else "left", no_wrap=True)
+    table.add_column("kept dense because", overflow="fold", max_width=24)
+    groups: dict[tuple[Any, ...], list[SparsityRow]] = {}
+    for row in report.rows:
+        pattern = re.sub(r"\.\d+\.", ".*.", row.name)
+        groups.setdefault((pattern, row.shape, row.dtype, row.state, row.reason), []).append(row)
+    for (pattern, shape, dtype, state, reason), rows in groups.items():
+        mean_density = sum(row.density for row in rows) / len(rows)
+        size = sum(row.bytes_stored for row in rows)
+        table.add_row(
+            pattern,
+            str(len(rows)),
+            "x".join(map(str, shape)),
+            dtype,
+            state,
+            f"{mean_density:.3f}",
+            f"{size / 1e6:.1f}",
+            reason or "",
+        )
+    return table
+
+
+def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
+    tensors = [tensor for tensor in module.packed if tensor is not None]
+    return SparsityRow(
+        name=name,
+        role=role_of(name),
+        shape=(module.out_features, module.in_features),
+        dtype=_short(module.weight),
+        state="packed",
+        density=density(module.weight) / 2,
+        violating_groups=0,
+        bytes_dense=module.out_features * module.in_features * module.dense_dtype.itemsize,
+        bytes_stored=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
+    weight = getattr(module, matrix.parameter).detach()
+    violations = find_violations(weight, matrix.dim) if isinstance(matrix, Target) else None
+    reason = matrix.reason if isinstance(matrix, Skipped) else None
+    if violations is not None and violations.count:
+        reason = f"not 2:4 in {violations.count} of {violations.groups} groups"
+    return SparsityRow(
+        name=matrix.name,
+        role=role_of(matrix.name),
+        shape=tuple(weight.shape),
+        dtype=_short(weight),
+        state="dense" if reason else "pruned",
+        density=density(weight),
+        violating_groups=None if violations is None else violations.count,
+        bytes_dense=weight.nbytes,
+        bytes_stored=weight.nbytes,
+        reason=reason,
+    )
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
