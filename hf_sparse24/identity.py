@@ -10,13 +10,16 @@ The record says what was done (method, seed, roles, versions, and which modules 
 so that a model can be packed long after it was pruned, and unpacked again.
 """
 
+import re
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
+from hf_sparse24.nn import Sparse24Linear
 
 
 def record_of(model: nn.Module) -> dict[str, Any]:
@@ -49,6 +52,24 @@ def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+    keep_module_names(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config._is_quantized = True
+
+
+def keep_module_names(model: PreTrainedModel) -> None:
+    """Save packed layers under their own names.
+
+    For a few models (DINOv2's SwiGLU) transformers splits a checkpoint's weight over two layers and merges it again
+    when it saves. It would merge the values and not their indices.
+    """
+    packed = [name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)]
+    names = [f"{name}.{key}" for name in packed for key in ("weight", "bias")]
+
+    def merges_packed_layers(conversion: Any) -> bool:
+        targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
+        return any(re.search(target, name) for target in targets for name in names)
+
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [conversion for conversion in conversions if not merges_packed_layers(conversion)]

@@ -12,7 +12,7 @@ from hf_sparse24.identity import declare_dense, declare_packed, record_of
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pattern import find_violations
 from hf_sparse24.report import SparsityReport, sparsity_report
-from hf_sparse24.selection import Selection, select
+from hf_sparse24.selection import Selection, Target, select
 
 logger = logging.get_logger(__name__)
 
@@ -80,14 +80,18 @@ def pack_selected_(model: nn.Module, selection: Selection, quantization: str | N
     _replace_targets(model, selection, pack)
 
 
-def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> None:
-    """Put uninitialized packed layers in place of the linear targets, for a checkpoint to fill."""
-    _replace_targets(model, selection, lambda linear, _: Sparse24Linear.like(linear, quantization, backend))
+def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> int:
+    """Put uninitialized packed layers in place of the linear targets, for a checkpoint to fill; return how many."""
+    return _replace_targets(model, selection, lambda linear, _: Sparse24Linear.like(linear, quantization, backend))
+
+
+def _linear_targets(selection: Selection) -> list[Target]:
+    return [target for target in selection.targets if not target.is_expert_stack]
 
 
 def _check_packable(model: nn.Module, selection: Selection) -> None:
     """Raise before anything is changed: every linear target must be 2:4."""
-    linear = [target for target in selection.targets if not target.is_expert_stack]
+    linear = _linear_targets(selection)
     if not linear:
         reasons = sorted({matrix.reason for matrix in selection.skipped})
         raise ValueError(f"Nothing to pack in {type(model).__name__}: {'; '.join(reasons) or 'no projection found'}.")
@@ -101,11 +105,12 @@ def _check_packable(model: nn.Module, selection: Selection) -> None:
             )
 
 
-def _replace_targets(model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module]) -> None:
-    linear = [target for target in selection.targets if not target.is_expert_stack]
+def _replace_targets(model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module]) -> int:
+    linear = _linear_targets(selection)
     for target in logging.tqdm(linear, desc="Packing", unit="layer", leave=False):
         module = model.get_submodule(target.module_name)
         _replace(model, module, make(module, target.name))
+    return len(linear)
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

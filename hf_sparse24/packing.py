@@ -143,7 +143,7 @@ def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
         _blocks(weight, width), _blocks(quantized, width), _blocks(scale.unsqueeze(-1), width), strict=True
     ):
         target_scale.copy_(absmax_scale(source, dtype))
-        target.copy_(round_to(source.float().div_(target_scale), dtype))
+        target.copy_(round_to(source.float() / target_scale, dtype))
     return quantized, scale
 
 

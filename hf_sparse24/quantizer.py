@@ -18,8 +18,9 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_sparse24.capability import resolve_backend
+from hf_sparse24.checkpoint import check_packed_files
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
-from hf_sparse24.identity import declare_dense, declare_packed
+from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES
@@ -54,7 +55,10 @@ class Sparse24HfQuantizer(HfQuantizer):
         """On the meta device: check the names that the user gave, or make room for packed weights."""
         config = self.quantization_config
         if self.pre_quantized:
-            make_packed_skeleton_(model, self._select(model), config.quantization, config.backend)
+            made = make_packed_skeleton_(model, self._select(model), config.quantization, config.backend)
+            files = kwargs.get("checkpoint_files") or []
+            if files and all(file.endswith(".safetensors") for file in files):
+                check_packed_files(files, config.quantization, made)
         else:
             select(model, config.target_modules, config.modules_to_not_convert)
 
@@ -117,6 +121,7 @@ def _finish_reading(model: PreTrainedModel) -> None:
             module.weight = torch.nn.Parameter(values, requires_grad=False)
         if not module.weight.is_meta:  # offloaded weights live in accelerate's hooks
             module.check(name)
+    keep_module_names(model)
 
 
 def register() -> None:

@@ -30,8 +30,8 @@ _ROLES = {
     "o": "o_proj out_lin",
     "gate": "gate_proj w1 wi_0",
     "up": "up_proj w3 wi_1",
-    "gate_up": "gate_up_proj Wi",
-    "down": "down_proj w2",
+    "gate_up": "gate_up_proj Wi weights_in",
+    "down": "down_proj w2 weights_out",
     "fc1": "fc1 c_fc fc_in dense_h_to_4h lin1 linear1 intermediate_dense wi ffn",
     "fc2": "fc2 fc_out dense_4h_to_h lin2 linear2 output_dense ffn_output",
 }

@@ -148,6 +148,11 @@ class Sparse24Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to `input` (..., K) in float32, float16 or bfloat16, and return (..., N) in that dtype."""
+        if input.element_size() == 1:
+            raise TypeError(
+                f"Sparse24Linear takes float32, float16 or bfloat16 inputs and got {input.dtype}: this model casts "
+                "to the dtype of the weight. Keep the layer dense with modules_to_not_convert, or use quantization='int8'."
+            )
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(self.dense_dtype)
         return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)

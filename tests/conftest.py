@@ -1,0 +1,65 @@
+"""Fixtures: devices with the reason a test is skipped, tiny models, and a quiet transformers."""
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_sparse24 import Sparse24Config
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_seeded():
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny_llama():
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=96,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+@pytest.fixture
+def tiny_llama_folder(tiny_llama, tmp_path):
+    folder = tmp_path / "dense"
+    tiny_llama.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def magnitude():
+    """Make a config that asks for magnitude by name, so that no test depends on the warning of "auto"."""
+
+    def make(**kwargs):
+        return Sparse24Config(method="magnitude", **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 96, (2, 9))
