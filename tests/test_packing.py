@@ -181,7 +181,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damaged_checkpoints_are_refused_in_one_sentence(kind):
-    # Columns (0, 1) everywhere: or-ing 0x40 to a full byte gives (0, 1) again, and fills the unused nibble of the last.
+    # Columns (0, 1) everywhere: or-ing 0x40 to a full byte gives (0, 1) again, and fills the unused last nibble.
     weight = torch.tensor([[1.0, 2, 0, 0] * 5] * 4)
     packed = pack_weight(weight, "int8")
     change, message = DAMAGES[kind]

@@ -151,7 +151,7 @@ class Sparse24Linear(nn.Linear):
         if input.element_size() == 1:
             raise TypeError(
                 f"Sparse24Linear takes float32, float16 or bfloat16 inputs and got {input.dtype}: this model casts "
-                "to the dtype of the weight. Keep the layer dense with modules_to_not_convert, or use quantization='int8'."
+                "to the dtype of the weight. Keep it dense with modules_to_not_convert, or use quantization='int8'."
             )
         if torch.is_autocast_enabled(input.device.type):
             input = input.to(self.dense_dtype)

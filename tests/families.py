@@ -1,0 +1,81 @@
+"""Tiny models of many families, built from their configs: for unit tests; claims are made on real models."""
+
+import torch
+import transformers
+
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+GROUPED = {**SIZE, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "tie_word_embeddings": False}
+EXPERTS = {**GROUPED, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+IMAGE = {**SIZE, "image_size": 32, "patch_size": 8}
+SEQ2SEQ = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+OLD_GPT = {"n_embd": 32, "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+
+# name: (model class, config class, config)
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "mistral": ("MistralForCausalLM", "MistralConfig", GROUPED),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", GROUPED),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", OLD_GPT),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+        | {"word_embed_proj_dim": 32},
+    ),
+    "bloom": ("BloomForCausalLM", "BloomConfig", OLD_GPT),
+    "falcon": ("FalconForCausalLM", "FalconConfig", SIZE),
+    "bert": ("BertForSequenceClassification", "BertConfig", SIZE),
+    "bert_mlm": ("BertForMaskedLM", "BertConfig", SIZE),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", SIZE),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96},
+    ),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        SIZE | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    ),
+    "albert": ("AlbertForSequenceClassification", "AlbertConfig", SIZE | {"embedding_size": 16}),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+        | {"tie_word_embeddings": False},
+    ),
+    "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", SEQ2SEQ),
+    "vit": ("ViTForImageClassification", "ViTConfig", IMAGE),
+    "clip": ("CLIPModel", "CLIPConfig", {"text_config": SIZE, "vision_config": IMAGE}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", IMAGE),
+    "dinov2_swiglu": ("Dinov2Model", "Dinov2Config", IMAGE | {"use_swiglu_ffn": True}),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", EXPERTS),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
+}
+
+
+def build(family, **overrides):
+    """Build a tiny model with random weights; the same seed gives the same weights."""
+    model_class, config_class, kwargs = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{**kwargs, **overrides})
+    return getattr(transformers, model_class)(config).eval()

@@ -1,0 +1,208 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.pattern import prune_2to4
+
+QUANTIZATIONS = [None, "int8", "fp8"]
+
+
+def pruned_linear(in_features=40, out_features=24, bias=True, dtype=torch.float32, device="cpu"):
+    linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+    linear.weight.data = prune_2to4(linear.weight.data)
+    return linear
+
+
+def state_bits(module):
+    return {key: value.view(torch.uint8) for key, value in module.state_dict().items()}
+
+
+def assert_same_state(left, right):
+    left, right = state_bits(left), state_bits(right)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 5, 40), (2, 1, 3, 40)])
+def test_packed_equals_dense_for_any_leading_dimensions(dtype, bias, shape, device):
+    linear = pruned_linear(bias=bias, dtype=dtype, device=device)
+    x = torch.randn(shape, device=device).to(dtype)
+    # The reference runs the same torch call on the same weight.
+    assert torch.equal(Sparse24Linear.from_linear(linear)(x), linear(x))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_quantized_output_has_the_dtype_of_the_input_and_is_close(quantization, dtype, device):
+    linear = pruned_linear(512, 64, dtype=dtype, device=device)
+    x = torch.randn(2, 7, 512, device=device).to(dtype)
+    packed, dense = Sparse24Linear.from_linear(linear, quantization)(x), linear(x)
+    assert packed.dtype == dtype
+    # Quantization noise of random normal operands, see test_ops.
+    assert (packed - dense).float().norm() / dense.float().norm() < {"int8": 0.02, "fp8": 0.06}[quantization]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_it_compiles_as_one_graph(quantization, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(device=device), quantization)
+    x = torch.randn(3, 40, device=device)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_the_state_is_format_1_and_nothing_else(quantization):
+    layer = Sparse24Linear.from_linear(pruned_linear(), quantization)
+    shapes = {key: tuple(value.shape) for key, value in layer.state_dict().items()}
+    scale = {"weight_scale": (24,)} if quantization else {}
+    assert shapes == {"weight": (24, 20), "weight_indices": (24, 5), "bias": (24,), **scale}
+    assert [key for key, value in layer.named_parameters() if value.requires_grad] == ["bias"]
+    layer(torch.randn(1, 40))
+    assert layer.state_dict().keys() == shapes.keys()
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_state_dict_round_trip_also_after_a_forward(quantization):
+    layer, other = (Sparse24Linear.from_linear(pruned_linear(), quantization) for _ in range(2))
+    x = torch.randn(3, 40)
+    other(x)
+    other.load_state_dict(layer.state_dict())
+    assert_same_state(layer, other)
+    assert torch.equal(other(x), layer(x))
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_deepcopy_is_independent(quantization):
+    layer = Sparse24Linear.from_linear(pruned_linear(), quantization)
+    x = torch.randn(3, 40)
+    before = layer(x)
+    clone = copy.deepcopy(layer)
+    assert_same_state(layer, clone)
+    with torch.no_grad():
+        clone.weight.zero_()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(clone(x), clone.bias.expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_cast_leaves_quantized_values_and_scales_alone(quantization, dtype):
+    layer = Sparse24Linear.from_linear(pruned_linear(), quantization)
+    before = state_bits(layer)
+    layer.to(dtype)
+    after = state_bits(layer)
+    assert all(torch.equal(before[key], after[key]) for key in ("weight", "weight_indices", "weight_scale"))
+    assert layer.bias.dtype == layer.dense_dtype == dtype
+    assert not layer.weight.requires_grad
+
+
+def test_a_cast_of_unquantized_values_is_a_cast():
+    layer = Sparse24Linear.from_linear(pruned_linear()).to(torch.bfloat16)
+    assert layer.weight.dtype == layer.dense_dtype == torch.bfloat16
+    assert layer.weight_indices.dtype == torch.uint8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_moving_to_a_gpu_and_back(quantization):
+    layer = Sparse24Linear.from_linear(pruned_linear(), quantization)
+    before = state_bits(layer)
+    x = torch.randn(3, 40)
+    expected = layer(x)
+    moved = layer.to("cuda")
+    # float32 sums of 40 products in another order.
+    torch.testing.assert_close(moved(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+    after = state_bits(moved.to("cpu"))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_meta_and_to_empty():
+    layer = Sparse24Linear(40, 24, quantization="fp8", device="meta").to_empty(device="cpu")
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert layer.weight.shape == (24, 20)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_to_linear_gives_the_dense_layer_back(quantization):
+    linear = pruned_linear()
+    dense = Sparse24Linear.from_linear(linear, quantization).to_linear()
+    assert type(dense) is nn.Linear
+    if quantization is None:
+        assert torch.equal(dense.weight, linear.weight)
+    assert torch.equal(dense.weight == 0, linear.weight == 0)
+    assert torch.equal(dense.bias, linear.bias)
+    assert dense.weight.requires_grad
+
+
+def test_conv1d_keeps_its_orientation_outside_and_packs_along_its_input():
+    conv = Conv1D(24, 40)
+    conv.weight.data = prune_2to4(conv.weight.data, dim=0)
+    layer = Sparse24Linear.from_linear(conv)
+    x = torch.randn(2, 3, 40)
+    assert (layer.in_features, layer.out_features) == (40, 24)
+    # addmm on (in, out) against matmul on (out, in): float32 sums in another order.
+    torch.testing.assert_close(layer(x), conv(x), rtol=1e-5, atol=1e-5)
+    back = layer.to_linear()
+    assert isinstance(back, Conv1D)
+    assert torch.equal(back.weight, conv.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_the_dtype_of_the_layer(dtype):
+    layer = Sparse24Linear.from_linear(pruned_linear(dtype=dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 40)).dtype == torch.bfloat16 or dtype == torch.float32
+
+
+def test_a_layer_that_is_not_2to4_is_refused_by_name():
+    with pytest.raises(ValueError, match="groups of mlp.up_proj hold more than two nonzeros"):
+        Sparse24Linear.from_linear(nn.Linear(40, 24), name="mlp.up_proj")
+
+
+def test_nan_is_refused_by_name():
+    linear = pruned_linear()
+    linear.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="mlp.up_proj holds 1 NaN"):
+        Sparse24Linear.from_linear(linear, name="mlp.up_proj")
+
+
+@pytest.mark.parametrize("module", [nn.Conv1d(4, 4, 1), nn.Embedding(4, 4)])
+def test_other_layers_are_refused(module):
+    with pytest.raises(TypeError, match=f"got {type(module).__name__}"):
+        Sparse24Linear.from_linear(module)
+
+
+def test_packing_twice_is_refused():
+    with pytest.raises(TypeError, match="got Sparse24Linear"):
+        Sparse24Linear.from_linear(Sparse24Linear.from_linear(pruned_linear()))
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="has 42"):
+        Sparse24Linear(42, 8)
+    with pytest.raises(ValueError, match="got 'int4'"):
+        Sparse24Linear(40, 8, quantization="int4")
+    with pytest.raises(ValueError, match="backend='triton' cannot run here"):
+        Sparse24Linear(40, 8, backend="triton")
+
+
+def test_there_is_no_random_initialization():
+    with pytest.raises(RuntimeError, match="no random initialization"):
+        Sparse24Linear(40, 8).reset_parameters()
+
+
+def test_float8_inputs_are_refused_with_the_way_out():
+    layer = Sparse24Linear.from_linear(pruned_linear(), "fp8")
+    with pytest.raises(TypeError, match="use quantization='int8'"):
+        layer(torch.randn(3, 40).to(torch.float8_e4m3fn))
+
+
+def test_repr_names_the_dense_shape():
+    text = repr(Sparse24Linear(40, 24, quantization="int8"))
+    assert text == "Sparse24Linear(in_features=40, out_features=24, bias=True, quantization=int8)"
