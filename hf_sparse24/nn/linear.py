@@ -154,7 +154,8 @@ class Sparse24Linear(nn.Linear):
                 "to the dtype of the weight. Keep it dense with modules_to_not_convert, or use quantization='int8'."
             )
         if torch.is_autocast_enabled(input.device.type):
-            input = input.to(self.dense_dtype)
+            with torch.autocast(input.device.type, enabled=False):
+                return self.forward(input.to(self.dense_dtype))
         return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:

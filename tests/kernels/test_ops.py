@@ -67,8 +67,8 @@ def test_quantized_linear_is_the_product_of_the_quantized_operands(quantization,
     exact = (values.double() * scale.double()) @ unpack_weight(packed).double().t() + bias.double()
     result = ops.linear(x, *packed, bias)
     assert result.dtype == dtype
-    # The sum in float64 against int32 (exact) or float32 (K = 2048 products), the float32 scales, and one rounding to the
-    # output; FP8 with bfloat16 rounds the sum to bfloat16 as well. Bounds relative to the largest output.
+    # The sum in float64 against int32 (exact) or float32 (K = 2048 products), the float32 scales, and one rounding to
+    # the output; FP8 with bfloat16 rounds the sum to bfloat16 as well. Bounds relative to the largest output.
     roundings = 2 if quantization == "fp8" and dtype == torch.bfloat16 else 1
     largest = exact.abs().max()
     assert (result.double() - exact).abs().max() <= largest * (roundings * bfloat16_ulps(dtype) / 2 + 2048 * 2**-24)

@@ -1,0 +1,135 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_sparse24 import Sparse24Linear, sparsity_report
+from hf_sparse24.cli import main
+
+
+def run(*arguments, monkeypatch, capsys):
+    """Run the command line in this process, as the console script does."""
+    monkeypatch.setattr(sys, "argv", ["hf-sparse24", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    output = capsys.readouterr()
+    return stopped.value.code or 0, output.out, output.err
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    return lambda *arguments: run(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture
+def source(tiny_llama_folder):
+    (tiny_llama_folder / "tokenizer.json").write_text("{}")
+    return tiny_llama_folder
+
+
+def test_prune_report_unpack(cli, source, tmp_path):
+    code, out, _ = cli(
+        "prune", source, tmp_path / "packed", "--method", "magnitude", "--quantization", "int8", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["totals"]["matrices_2to4"] == 14
+    assert (tmp_path / "packed" / "tokenizer.json").exists()
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert isinstance(packed.model.layers[0].mlp.up_proj, Sparse24Linear)
+
+    code, out, _ = cli("report", tmp_path / "packed", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads(sparsity_report(packed).to_json())
+    code, out, _ = cli("report", tmp_path / "packed")
+    assert "model.layers.*.mlp.up_proj" in out
+
+    code, _, _ = cli("unpack", tmp_path / "packed", tmp_path / "unpacked")
+    assert code == 0
+    config = json.loads((tmp_path / "unpacked" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["sparse24"]["method"] == "magnitude"
+    assert (tmp_path / "unpacked" / "tokenizer.json").exists()
+
+
+def test_no_pack_and_exclusions(cli, source, tmp_path):
+    code, out, _ = cli(
+        "prune", source, tmp_path / "out", "--method", "magnitude", "--no-pack", "--modules-to-not-convert", "up_proj",
+        "--modules-to-not-convert", "k_proj", "--dtype", "bfloat16", "--json",
+    )  # fmt: skip
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert rows["model.layers.0.mlp.up_proj"]["reason"] == "modules_to_not_convert"
+    assert rows["model.layers.0.mlp.down_proj"]["state"] == "pruned"
+    assert rows["model.layers.0.mlp.down_proj"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quantization", "int4"], "quantization must be one of"),
+        (["--target-modules", "up_porj"], "Near matches: up_proj"),
+        (["--method", "sparsegpt"], "needs calibration data"),
+        (["--quantization", "int8", "--no-pack"], "needs pack=True"),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback_and_leaves_nothing(cli, source, tmp_path, arguments, message):
+    out = tmp_path / "folder" / "out"
+    code, _, err = cli("prune", source, out, *arguments)
+    assert code == 1
+    line = next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
+    assert message in line
+    assert "Traceback" not in err
+    assert not out.exists()
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+
+
+def test_an_existing_folder_is_not_overwritten(cli, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("data")
+    code, _, err = cli("prune", source, out, "--method", "magnitude")
+    assert code == 1
+    assert "is not an empty folder" in err
+    assert (out / "precious").read_text() == "data"
+
+
+def test_a_missing_model_is_one_line(cli, tmp_path):
+    code, _, err = cli("report", tmp_path / "nothing")
+    assert code == 1
+    assert err.startswith("hf-sparse24: ")
+    assert "Traceback" not in err
+
+
+def test_unpacking_a_dense_model_says_so(cli, source, tmp_path):
+    code, _, err = cli("unpack", source, tmp_path / "out")
+    assert code == 1
+    assert "nothing to unpack" in err
+
+
+def test_env(cli):
+    code, out, _ = cli("env")
+    assert code == 0
+    assert "backend reference    yes" in out
+    code, out, _ = cli("env", "--json")
+    assert json.loads(out)["transformers"]
+
+
+def test_help_has_examples(cli):
+    for command in ("prune", "report", "unpack"):
+        code, out, _ = cli(command, "--help")
+        assert code == 0
+        assert f"hf-sparse24 {command}" in out
+
+
+def test_an_unknown_option_exits_with_two(cli, source):
+    assert cli("report", source, "--nonsense")[0] == 2
+
+
+def test_the_console_script_is_installed():
+    script = subprocess.run(
+        [sys.executable, "-c", "from hf_sparse24.cli import main; main()", "--help"], capture_output=True, text=True
+    )
+    assert script.returncode == 0
+    assert "prune" in script.stdout

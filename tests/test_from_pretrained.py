@@ -1,0 +1,427 @@
+"""The whole way: from_pretrained prunes and packs, save_pretrained writes, from_pretrained reads back, bit-equal."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+
+import hf_sparse24
+from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, sparsity_report, unpack_
+from hf_sparse24.pattern import find_violations, prune_2to4
+from tests.families import FAMILIES, build
+
+QUANTIZATIONS = [None, "int8", "fp8"]
+
+
+def digests(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def assert_same_model(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key].reshape(-1).view(torch.uint8), right[key].reshape(-1).view(torch.uint8)), key
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_load_save_load_save_is_bit_equal(tiny_llama_folder, tmp_path, magnitude, tokens, quantization, dtype):
+    model = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, dtype=dtype, quantization_config=magnitude(quantization=quantization)
+    )
+    model.save_pretrained(tmp_path / "one")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert again.dtype == model.dtype
+    assert_same_model(model, again)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+    again.save_pretrained(tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_family_survives_the_round_trip(family, quantization, tmp_path, magnitude):
+    dense = build(family)
+    dense.save_pretrained(tmp_path / "dense")
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=magnitude(quantization=quantization))
+    model.save_pretrained(tmp_path / "one")
+    again = type(dense).from_pretrained(tmp_path / "one")
+    assert_same_model(model, again)
+    again.save_pretrained(tmp_path / "two")
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    packed = [name for name, module in again.named_modules() if isinstance(module, Sparse24Linear)]
+    assert len(packed) == len([row for row in sparsity_report(again).rows if row.state == "packed"]) > 0
+    assert sparsity_report(again).totals["violating_groups"] == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "dinov2_swiglu", "bert"])
+def test_dense_masked_is_an_ordinary_model(family, tmp_path, magnitude):
+    dense = build(family)
+    dense.save_pretrained(tmp_path / "dense")
+    model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=magnitude(pack=False))
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        assert attribute not in vars(model)
+    assert not hasattr(model.config, "_is_quantized")
+    assert not hasattr(model.config, "quantization_config")
+    assert model.config.sparse24["method"] == "magnitude"
+    model.half().float()  # transformers refuses this for quantized models
+    model.save_pretrained(tmp_path / "masked")
+    assert "quantization_config" not in config_of(tmp_path / "masked")
+    assert_same_model(model, type(dense).from_pretrained(tmp_path / "masked"))
+    assert sparsity_report(model).totals["violating_groups"] == 0
+    assert {row.state for row in sparsity_report(model).rows if row.role} >= {"pruned"}
+
+
+def test_weights_are_those_of_pruning_each_matrix(tiny_llama, tiny_llama_folder, magnitude):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False))
+    for name, parameter in tiny_llama.named_parameters():
+        expected = prune_2to4(parameter.data) if name.endswith("_proj.weight") else parameter
+        assert torch.equal(model.get_parameter(name), expected), name
+
+
+def test_packing_later_equals_packing_on_load(tiny_llama_folder, tmp_path, magnitude):
+    at_once = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization="int8", modules_to_not_convert=["up_proj"])
+    )
+    at_once.save_pretrained(tmp_path / "at_once")
+    masked = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(pack=False, modules_to_not_convert=["up_proj"])
+    )
+    masked.save_pretrained(tmp_path / "masked")
+    later = AutoModelForCausalLM.from_pretrained(tmp_path / "masked")
+    pack_(later, "int8")  # the record in the config says which modules
+    later.save_pretrained(tmp_path / "later")
+    assert digests(tmp_path / "at_once") == digests(tmp_path / "later")
+
+
+@pytest.mark.parametrize("way", ["function", "method"])
+def test_unpacking_gives_the_dense_masked_checkpoint(tiny_llama_folder, tmp_path, magnitude, way):
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False)).save_pretrained(
+        tmp_path / "masked"
+    )
+    packed = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    if way == "function":
+        unpack_(packed)
+    else:
+        packed.dequantize()
+    packed.save_pretrained(tmp_path / "unpacked")
+    assert digests(tmp_path / "masked") == digests(tmp_path / "unpacked")
+
+
+def test_pruning_in_memory_equals_pruning_on_load(tiny_llama, tiny_llama_folder, tmp_path, magnitude):
+    report = prune_(tiny_llama, magnitude())
+    assert len(report.sparse_rows) == 14
+    tiny_llama.save_pretrained(tmp_path / "in_memory")
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False)).save_pretrained(
+        tmp_path / "on_load"
+    )
+    assert (
+        load_file(tmp_path / "in_memory" / "model.safetensors").keys()
+        == load_file(tmp_path / "on_load" / "model.safetensors").keys()
+    )
+    assert digests(tmp_path / "in_memory")["model.safetensors"] == digests(tmp_path / "on_load")["model.safetensors"]
+    assert config_of(tmp_path / "in_memory")["sparse24"] == config_of(tmp_path / "on_load")["sparse24"]
+
+
+def test_sharded_saves_read_back(tiny_llama_folder, tmp_path, magnitude):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(quantization="int8"))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert_same_model(model, again)
+    again.save_pretrained(tmp_path / "again", max_shard_size="10KB")
+    assert digests(tmp_path / "shards") == digests(tmp_path / "again")
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_device_maps(tiny_llama_folder, tmp_path, magnitude, tokens, device_map):
+    plain = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    placed = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(), device_map=device_map
+    )
+    assert_same_model(plain, placed)
+    plain.save_pretrained(tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed", device_map=device_map)
+    assert torch.equal(again(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_device_map_over_a_gpu_and_the_cpu(tiny_llama_folder, tmp_path, magnitude, tokens, quantization):
+    split = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0}
+    split |= {"model.rotary_emb": 0, "lm_head": 0}
+    on_cpu = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization=quantization)
+    )
+    on_cpu.save_pretrained(tmp_path / "packed")
+    placed = LlamaForCausalLM.from_pretrained(tmp_path / "packed", device_map=split)
+    # float32 on two devices, sums in another order; 8-bit rounding may turn over at a boundary.
+    tolerance = 1e-5 if quantization is None else 5e-2
+    torch.testing.assert_close(placed(tokens).logits.cpu(), on_cpu(tokens).logits, rtol=tolerance, atol=tolerance)
+    with pytest.raises(ValueError, match="is offloaded and cannot be pruned"):
+        LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(), device_map=split)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_checkpoint_is_the_same(tiny_llama_folder, tmp_path, magnitude):
+    for device in ("cpu", "cuda"):
+        LlamaForCausalLM.from_pretrained(
+            tiny_llama_folder, quantization_config=magnitude(quantization="int8"), device_map=device
+        ).save_pretrained(tmp_path / device)
+    assert digests(tmp_path / "cpu") == digests(tmp_path / "cuda")
+
+
+def test_tied_embeddings_stay_tied(tiny_llama_folder, tmp_path, magnitude):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    model.save_pretrained(tmp_path / "packed")
+    assert "lm_head.weight" not in load_file(tmp_path / "packed" / "model.safetensors")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_a_dict_is_as_good_as_a_config(tiny_llama_folder, magnitude):
+    request = {"quant_method": "sparse24", "method": "magnitude", "quantization": "int8"}
+    from_dict = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=request)
+    from_config = AutoModelForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization="int8")
+    )
+    assert_same_model(from_dict, from_config)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_auto_classes(auto_class, tiny_llama_folder, tmp_path, magnitude):
+    model = auto_class.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    model.save_pretrained(tmp_path / "packed")
+    assert_same_model(model, auto_class.from_pretrained(tmp_path / "packed"))
+
+
+def test_a_packed_language_model_can_be_read_without_its_head(tiny_llama_folder, tmp_path, magnitude, tokens):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    model.save_pretrained(tmp_path / "packed")
+    base = AutoModel.from_pretrained(tmp_path / "packed")
+    assert torch.equal(base(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+
+
+def test_the_callers_config_is_not_written_to(tiny_llama_folder):
+    config = Sparse24Config(method="magnitude", quantization="int8")
+    before = config.to_dict()
+    for _ in range(2):
+        LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+        assert config.to_dict() == before
+
+
+def test_the_packed_config_describes_what_was_done(tiny_llama_folder, tmp_path, magnitude):
+    LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization="fp8", seed=5, modules_to_not_convert=["k_proj"])
+    ).save_pretrained(tmp_path / "packed")
+    described = config_of(tmp_path / "packed")["quantization_config"]
+    assert described.pop("produced_by")["versions"]["hf_sparse24"] == hf_sparse24.__version__
+    assert described == {
+        "quant_method": "sparse24",
+        "format_version": 1,
+        "method": "magnitude",
+        "quantization": "fp8",
+        "seed": 5,
+        "modules_to_not_convert": ["k_proj"],
+        "roles": ["down", "gate", "o", "q", "up", "v"],
+    }
+    assert "sparse24" not in config_of(tmp_path / "packed")
+
+
+def test_auto_without_data_warns_that_retraining_is_needed(tiny_llama_folder, caplog):
+    from hf_sparse24 import prune
+
+    prune.logger.warning_once.cache_clear()
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=Sparse24Config())
+    assert "A language model then needs retraining" in caplog.text
+
+
+def test_generate(tiny_llama_folder, tmp_path, magnitude, tokens):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(quantization="int8"))
+    model.save_pretrained(tmp_path / "packed")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(tokens, **settings), again.generate(tokens, **settings))
+    assert model.generate(tokens, **settings).shape == (2, 14)
+
+
+def test_packed_output_equals_dense_masked_output(tiny_llama_folder, magnitude, tokens):
+    masked = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False))
+    packed = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    assert torch.equal(masked(tokens).logits, packed(tokens).logits)
+
+
+class TestRefused:
+    def test_disk_offload(self, tiny_llama_folder, magnitude):
+        for device_map in ({"": "disk"}, {"model.layers.0": "cpu", "": "disk"}):
+            with pytest.raises(ValueError, match="cannot be offloaded to disk"):
+                LlamaForCausalLM.from_pretrained(
+                    tiny_llama_folder, quantization_config=magnitude(), device_map=device_map
+                )
+
+    def test_a_checkpoint_that_is_quantized_otherwise(self, tiny_llama_folder, magnitude):
+        config = config_of(tiny_llama_folder)
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (tiny_llama_folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="quantized with GPTQConfig but you are passing a Sparse24Config"):
+            LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+
+    @pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps", "auto"])
+    def test_methods_that_come_later(self, tiny_llama_folder, method):
+        config = Sparse24Config(method=method, dataset="wikitext")
+        with pytest.raises(NotImplementedError, match=f"method='{method}' with calibration data is not available yet"):
+            LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+
+    def test_a_backend_that_cannot_run(self, tiny_llama_folder, magnitude):
+        with pytest.raises(ValueError, match="backend='cutlass' cannot run here: "):
+            LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(backend="cutlass"))
+
+    def test_a_name_that_matches_nothing_before_anything_is_loaded(self, tiny_llama_folder, magnitude):
+        (tiny_llama_folder / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match="Near matches: up_proj"):
+            LlamaForCausalLM.from_pretrained(
+                tiny_llama_folder, quantization_config=magnitude(target_modules=["up_porj"])
+            )
+
+    def test_a_weight_with_nan(self, tiny_llama, tmp_path, magnitude):
+        tiny_llama.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+        tiny_llama.save_pretrained(tmp_path / "nan")
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj holds 1 NaN"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "nan", quantization_config=magnitude())
+
+    def test_a_model_with_nothing_to_prune(self, magnitude):
+        with pytest.raises(ValueError, match="Nothing to prune in Embedding"):
+            prune_(torch.nn.Embedding(4, 4), magnitude())
+
+    def test_packing_a_dense_model(self, tiny_llama):
+        before = tiny_llama.state_dict().keys()
+        with pytest.raises(ValueError, match=r"groups of model\.layers\.0\.self_attn\.q_proj hold more than two"):
+            pack_(tiny_llama)
+        assert tiny_llama.state_dict().keys() == before
+
+    def test_unpacking_a_dense_model(self, tiny_llama):
+        with pytest.raises(ValueError, match="no packed 2:4 layer"):
+            unpack_(tiny_llama)
+
+
+DAMAGES = {
+    "a missing tensor": (lambda t, key: t.pop(key), "weight_indices|is missing"),
+    "a short tensor": (lambda t, key: t.update({key: t[key][:-1].clone()}), "has shape"),
+    "another dtype": (lambda t, key: t.update({key: t[key].to(torch.int16)}), "is I16 where format 1 has"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("key", ["weight", "weight_indices", "weight_scale"])
+def test_damaged_files_are_refused_before_they_are_loaded(key, damage, tiny_llama_folder, tmp_path, magnitude):
+    LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization="int8")
+    ).save_pretrained(tmp_path / "packed")
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    change, message = DAMAGES[damage]
+    change(tensors, f"model.layers.1.mlp.up_proj.{key}")
+    save_file(tensors, file, metadata={"format": "pt"})
+    if key == "weight_indices" and damage == "a missing tensor":
+        message = "holds 13 packed layers and this model has 14"
+    with pytest.raises(ValueError, match=message):
+        LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_damaged_indices_are_refused(tiny_llama_folder, tmp_path, magnitude):
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude()).save_pretrained(
+        tmp_path / "packed"
+    )
+    file = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight_indices"][0, 0] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"q_proj\.weight_indices is not ascending"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+WITHOUT_PACKAGE = """
+import sys, warnings, logging
+sys.modules["hf_sparse24"] = None  # importing it fails
+from transformers import AutoModelForCausalLM
+warnings.simplefilter("error")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print("loaded", type(model).__name__)
+"""
+
+
+def run_without_package(folder):
+    return subprocess.run([sys.executable, "-c", WITHOUT_PACKAGE, folder], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_without_the_package_a_packed_checkpoint_raises(tiny_llama_folder, tmp_path, magnitude, quantization):
+    LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization=quantization)
+    ).save_pretrained(tmp_path / "packed")
+    result = run_without_package(tmp_path / "packed")
+    assert result.returncode != 0
+    assert "loaded" not in result.stdout
+    assert "mismatch" in result.stderr.lower()
+
+
+def test_without_the_package_a_dense_masked_checkpoint_loads_without_a_warning(tiny_llama_folder, tmp_path, magnitude):
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False)).save_pretrained(
+        tmp_path / "masked"
+    )
+    masked, dense = run_without_package(tmp_path / "masked"), run_without_package(tiny_llama_folder)
+    assert masked.stdout == dense.stdout == "loaded LlamaForCausalLM\n"
+    for word in ("sparse24", "warn", "quantiz", "unexpected", "missing"):
+        assert word not in masked.stderr.lower()
+
+
+def test_registration_can_be_repeated():
+    import importlib
+
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    from hf_sparse24 import quantizer
+
+    importlib.reload(quantizer)
+    quantizer.register()
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["sparse24"] is Sparse24Config
+
+
+def test_shared_layers_are_packed_once(tmp_path, magnitude):
+    model = build("albert")
+    model.save_pretrained(tmp_path / "dense")
+    packed = type(model).from_pretrained(tmp_path / "dense", quantization_config=magnitude())
+    assert len([m for m in packed.modules() if isinstance(m, Sparse24Linear)]) == 6
+
+
+def test_a_layer_that_stands_in_two_places_is_replaced_in_both():
+    shared = torch.nn.Linear(8, 8)
+    shared.weight.data = prune_2to4(shared.weight.data)
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"fc1": shared, "fc2": shared})])})
+    pack_(model)
+    assert model["layers"][0]["fc1"] is model["layers"][0]["fc2"]
+    assert isinstance(model["layers"][0]["fc1"], Sparse24Linear)
+
+
+def test_experts_stay_dense_tensors_with_zeros(tmp_path, magnitude):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    packed = type(model).from_pretrained(tmp_path / "dense", quantization_config=magnitude())
+    experts = packed.model.layers[0].mlp.experts.gate_up_proj
+    assert find_violations(experts).count == 0
+    assert isinstance(packed.model.layers[0].self_attn.q_proj, Sparse24Linear)
+    states = {row.name: row.state for row in sparsity_report(packed).rows}
+    assert states["model.layers.0.mlp.experts.gate_up_proj"] == "pruned"
+    assert states["model.layers.0.self_attn.q_proj"] == "packed"

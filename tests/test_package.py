@@ -1,0 +1,56 @@
+"""What holds for the package as a whole."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_sparse24
+from hf_sparse24 import capability
+
+PACKAGE = Path(hf_sparse24.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_everything_named_public_is_there():
+    assert all(hasattr(hf_sparse24, name) for name in hf_sparse24.__all__)
+    assert hf_sparse24.__all__ == sorted(hf_sparse24.__all__)
+
+
+@pytest.mark.parametrize("missing", ["datasets", "torchao", "nvmath", "triton"])
+def test_the_package_imports_without_what_it_uses_rarely(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import hf_sparse24, hf_sparse24.cli"
+    # Before the package, so that torch and transformers find what they look for themselves.
+    code = "import torch, transformers; from transformers import AutoModel, LlamaForCausalLM\n" + code
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_are_short_and_check_their_input_with_errors(path):
+    source = path.read_text(encoding="utf8")
+    assert source.count("\n") <= 350
+    for node in ast.walk(ast.parse(source)):
+        assert not isinstance(node, ast.Assert)
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_a_backend_that_is_asked_for_and_missing_is_an_error():
+    assert capability.resolve_backend("auto") == "reference"
+    assert capability.resolve_backend("reference") == "reference"
+    for backend in ("cusparselt", "cutlass", "triton"):
+        answer = capability.backend_capability(backend)
+        assert not answer.ok
+        with pytest.raises(ValueError, match="cannot run here") as error:
+            capability.resolve_backend(backend)
+        assert answer.reason in str(error.value)
+    with pytest.raises(ValueError, match="backend must be 'auto' or one of"):
+        capability.resolve_backend("cuda")
+
+
+def test_the_environment_names_versions_and_backends():
+    facts = capability.environment()
+    assert facts["hf_sparse24"] == hf_sparse24.__version__
+    assert {f"backend {name}" for name in capability.BACKENDS} <= facts.keys()
