@@ -22,11 +22,13 @@ from hf_sparse24.pattern import (
     GROUP_SIZE,
     bits_of,
     check_in_features,
+    crowded_groups,
     find_violations,
     group_columns,
     is_nonzero,
     keep_bits,
     mask_2to4,
+    positive_zero_bits,
 )
 
 FORMAT_VERSION = 1
@@ -71,20 +73,16 @@ def pack_weight(weight: Tensor, quantization: str | None = None, name: str = "th
     """
     _check_value_dtype(weight.dtype, name)
     check_in_features(weight.shape[-1], name)
-    found = find_violations(weight)
-    if found.count:
-        raise ValueError(
-            f"Packing needs a 2:4 weight; {found.count} of the {found.groups} groups of {name} hold more than "
-            f"two nonzeros, "
-            f"the first at {found.first}. Prune it with prune_ first."
-        )
     *leading, in_features = weight.shape
     values = torch.empty(*leading, in_features // 2, dtype=weight.dtype, device=weight.device)
     indices = torch.empty(*leading, indices_width(in_features), dtype=torch.uint8, device=weight.device)
     for source, value_block, index_block in zip(
         _blocks(weight, in_features), _blocks(values, in_features), _blocks(indices, in_features), strict=True
     ):
-        _pack_block(source, value_block, index_block)
+        nonzero = is_nonzero(source)
+        if bool(crowded_groups(nonzero).any()):
+            raise _not_2to4(weight, name)
+        _pack_block(source, nonzero, value_block, index_block)
     if quantization is None:
         return PackedWeight(values, indices)
     quantized, scale = quantize_rows(values, quantization)
@@ -162,7 +160,7 @@ def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         return scaled.round().clamp_(-bound, bound).to(dtype)
     rounded = scaled.clamp(-bound, bound).to(dtype)
-    return keep_bits(bits_of(rounded), is_nonzero(rounded)).view(dtype)
+    return positive_zero_bits(rounded).view(dtype)
 
 
 def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> None:
@@ -225,13 +223,20 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _pack_block(weight: Tensor, values: Tensor, indices: Tensor) -> None:
+def _not_2to4(weight: Tensor, name: str) -> ValueError:
+    found = find_violations(weight)
+    return ValueError(
+        f"Packing needs a 2:4 weight; {found.count} of the {found.groups} groups of {name} hold more than two "
+        f"nonzeros, the first at {found.first}. Prune it with prune_ first."
+    )
+
+
+def _pack_block(weight: Tensor, nonzero: Tensor, values: Tensor, indices: Tensor) -> None:
     """Fill `values` and `indices` with the packed form of a block of rows."""
-    nonzero = is_nonzero(weight)
     # The mask of "is nonzero" is the canonical one: nonzeros first, then the lowest columns.
     keeps_a, keeps_b, keeps_c, keeps_d = group_columns(mask_2to4(nonzero))
     drops_a, drops_d = ~keeps_a, ~keeps_d
-    a, b, c, d = group_columns(keep_bits(bits_of(weight), nonzero))  # -0.0 becomes +0.0
+    a, b, c, d = group_columns(positive_zero_bits(weight))
     low = keep_bits(a, keeps_a) | keep_bits(b, drops_a & keeps_b) | keep_bits(c, drops_a & ~keeps_b)
     high = keep_bits(d, keeps_d) | keep_bits(c, drops_d & keeps_c) | keep_bits(b, drops_d & ~keeps_c)
     bits_of(values).copy_(torch.stack((low, high), -1).flatten(-2))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 GROUP_SIZE = 4
-KEPT_PER_GROUP = 2
 
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -103,7 +102,7 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """
     pruned = torch.empty_like(weight)
     for source, kept, target in zip(*(_row_blocks(t, -1) for t in (weight, mask, pruned)), strict=True):
-        bits_of(target).copy_(keep_bits(bits_of(source), is_nonzero(source).logical_and_(kept)))
+        bits_of(target).copy_(keep_bits(positive_zero_bits(source), kept))
     return pruned
 
 
@@ -134,7 +133,7 @@ def find_violations(weight: Tensor, dim: int = -1) -> Violations:
     check_in_features(weight.shape[dim], "the tensor")
     count, start, first_flat = 0, 0, None
     for block in _row_blocks(weight, dim):
-        crowded = _nonzeros_per_group(block) > KEPT_PER_GROUP
+        crowded = crowded_groups(is_nonzero(block))
         found = int(crowded.sum())
         if found and first_flat is None:
             first_flat = start + int(crowded.flatten().to(torch.uint8).argmax())
@@ -160,9 +159,15 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 
 def is_nonzero(tensor: Tensor) -> Tensor:
-    """Return a bool tensor, False for zeros of either sign. For all dtypes, and faster than comparing floats."""
-    bits = bits_of(tensor)
-    return (bits << 1 if tensor.is_floating_point() else bits) != 0
+    """Return a bool tensor, False for zeros of either sign. For all dtypes, and faster than comparing with zero."""
+    return _comparable(tensor).to(torch.bool)
+
+
+def positive_zero_bits(tensor: Tensor) -> Tensor:
+    """Return a copy of the bits with +0.0 for -0.0, the one value that is zero and has bits."""
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        return bits_of(tensor + 0)
+    return keep_bits(bits_of(tensor), is_nonzero(tensor))
 
 
 def keep_bits(bits: Tensor, kept: Tensor) -> Tensor:
@@ -170,10 +175,20 @@ def keep_bits(bits: Tensor, kept: Tensor) -> Tensor:
     return kept.to(bits.dtype).neg_().bitwise_and_(bits)
 
 
+def crowded_groups(nonzero: Tensor) -> Tensor:
+    """Tell which groups of four of a bool tensor (..., K) hold more than two True: bool, (..., K / 4)."""
+    a, b, c, d = (column.contiguous() for column in group_columns(nonzero))
+    return (a & b & (c | d)) | (c & d & (a | b))
+
+
 def _top_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tell which of the four columns stay: those that beat two others; a tie goes to the lower column."""
-    a, b, c, d = group_columns(_comparable(scores))
-    a_b, a_c, a_d, b_c, b_d, c_d = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    a, b, c, d = group_columns(_order_preserving_integers(scores))
+    pairs = ((a, b), (a, c), (a, d), (b, c), (b, d), (c, d))
+    if scores.dtype == torch.bool:  # logic is faster than comparing
+        a_b, a_c, a_d, b_c, b_d, c_d = (x | ~y for x, y in pairs)
+    else:
+        a_b, a_c, a_d, b_c, b_d, c_d = (x >= y for x, y in pairs)
     b_a, c_a, c_b = ~a_b, ~a_c, ~b_c
     lost_by_d = (a_d & b_d) | ((a_d | b_d) & c_d)
     return (
@@ -184,9 +199,13 @@ def _top_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-def _nonzeros_per_group(weight: Tensor) -> Tensor:
-    a, b, c, d = (column.to(torch.uint8) for column in group_columns(is_nonzero(weight)))
-    return a.add_(b).add_(c).add_(d)
+def _order_preserving_integers(tensor: Tensor) -> Tensor:
+    """Map floats to integers of the same width and order: 16-bit floats compare slowly, 8-bit ones not at all."""
+    if not tensor.is_floating_point() or tensor.element_size() > 2:
+        return tensor
+    bits = bits_of(tensor)
+    sign = bits >> (8 * bits.element_size() - 1)  # -1 for negative values, else 0
+    return (bits & torch.iinfo(bits.dtype).max).bitwise_xor_(sign).sub_(sign)
 
 
 def _group_index(flat: int, shape: torch.Size, dim: int) -> tuple[int, ...]:

