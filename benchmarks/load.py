@@ -6,6 +6,7 @@ the first use, while pruning reads every weight.
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -22,12 +23,19 @@ MODES = {
     "2:4 packed": {},
     "2:4 packed int8": {"quantization": "int8"},
     "2:4 packed fp8": {"quantization": "fp8"},
+    "read back packed": None,
+    "read back packed int8": None,
 }
 REPEATS = 5
 
 
-def measure_one(folder, dtype, mode):
+def measure_one(folder, dtype, mode, cache):
     """Run in a process of its own: load once, print seconds and peak memory."""
+    if cache == "cold":
+        for file in Path(folder).glob("*.safetensors"):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     import torch
     from transformers import LlamaForCausalLM
 
@@ -38,10 +46,10 @@ def measure_one(folder, dtype, mode):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
-    if mode == "plain, read":
+    if mode in ("plain, read", "read back packed", "read back packed int8"):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.sum()
+                parameter.view(torch.uint8).max()
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
@@ -52,35 +60,60 @@ def main():
     from smollm2 import model_folder
 
     rows = []
-    for dtype in ("auto", "float32"):
+    for dtype, cache in (("auto", "warm"), ("auto", "cold"), ("float32", "warm"), ("float32", "cold")):
+        folders = {mode: model_folder() for mode in MODES}
+        folders |= {f"read back packed{name}": packed_copy(dtype, name.strip() or None) for name in ("", " int8")}
         runs = {mode: [] for mode in MODES}
         for _ in range(REPEATS):
             for mode, results in runs.items():
-                command = [sys.executable, __file__, str(model_folder()), dtype, mode]
+                command = [sys.executable, __file__, str(folders[mode]), dtype, mode, cache]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 results.append(json.loads(output.splitlines()[-1]))
-        medians = {
-            mode: {key: statistics.median(run[key] for run in results) for key in ("seconds", "peak_mb")}
-            for mode, results in runs.items()
-        }
-        for mode, median in medians.items():
-            rows.append(
-                {
-                    "model": "SmolLM2-135M-Instruct (stored in bfloat16)",
-                    "dtype": dtype,
-                    "mode": mode,
-                    "seconds": round(median["seconds"], 3),
-                    "of_plain": round(median["seconds"] / medians["plain"]["seconds"], 2),
-                    "of_plain_read": round(median["seconds"] / medians["plain, read"]["seconds"], 2),
-                    "peak_mb": round(median["peak_mb"], 1),
-                    "peak_mb_above_plain_read": round(median["peak_mb"] - medians["plain, read"]["peak_mb"], 1),
-                }
-            )
+        rows += summarize(runs, dtype, cache)
     write("load", rows)
 
 
+def packed_copy(dtype, quantization):
+    """Prune and save once, for the modes that read it back."""
+    from smollm2 import CACHE, model_folder
+    from transformers import LlamaForCausalLM
+
+    from hf_sparse24 import Sparse24Config
+
+    folder = CACHE / f"bench-{dtype}-{quantization}"
+    if not folder.exists():
+        config = Sparse24Config(method="magnitude", quantization=quantization)
+        LlamaForCausalLM.from_pretrained(model_folder(), dtype=dtype, quantization_config=config).save_pretrained(
+            folder
+        )
+    return folder
+
+
+def summarize(runs, dtype, cache):
+    """Make one row a mode from the medians of its runs, with ratios to the plain load of the same conditions."""
+    medians = {
+        mode: {key: statistics.median(run[key] for run in results) for key in ("seconds", "peak_mb")}
+        for mode, results in runs.items()
+    }
+    plain, read = medians["plain"], medians["plain, read"]
+    return [
+        {
+            "model": "SmolLM2-135M-Instruct (stored in bfloat16)",
+            "dtype": dtype,
+            "file_cache": cache,
+            "mode": mode,
+            "seconds": round(median["seconds"], 3),
+            "of_plain": round(median["seconds"] / plain["seconds"], 2),
+            "of_plain_read": round(median["seconds"] / read["seconds"], 2),
+            "peak_mb": round(median["peak_mb"], 1),
+            "peak_mb_above_plain_read": round(median["peak_mb"] - read["peak_mb"], 1),
+        }
+        for mode, median in medians.items()
+    ]
+
+
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
+    if len(sys.argv) == 5:
         measure_one(*sys.argv[1:])
     else:
         main()

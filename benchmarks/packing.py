@@ -4,7 +4,7 @@ import torch
 from common import median_seconds, write
 
 from hf_sparse24.packing import VALUE_DTYPES, pack_weight, unpack_weight
-from hf_sparse24.pattern import apply_mask, find_violations, mask_2to4
+from hf_sparse24.pattern import apply_mask_, find_violations, mask_2to4
 
 SHAPE = (4096, 14336)
 
@@ -15,11 +15,12 @@ def main():
         weight = (torch.randn(SHAPE) * 30).clamp(-127, 127).to(dtype)
         scores = weight.abs() if dtype != torch.float8_e4m3fn else weight.float().abs()
         mask = mask_2to4(scores)
-        pruned = apply_mask(weight, mask)
+        pruned = apply_mask_(weight.clone(), mask)
         packed = pack_weight(pruned)
+        copy = weight.clone()
         calls = {
             "mask": lambda scores=scores: mask_2to4(scores),
-            "apply_mask": lambda weight=weight, mask=mask: apply_mask(weight, mask),
+            "apply_mask_": lambda weight=copy, mask=mask: apply_mask_(weight, mask),
             "find_violations": lambda pruned=pruned: find_violations(pruned),
             "pack": lambda pruned=pruned: pack_weight(pruned),
             "unpack": lambda packed=packed: unpack_weight(packed),

@@ -6,7 +6,7 @@ of `nn.Linear.weight` (out, in) and of most fused experts (expert, out, in); it 
 for transposed experts (expert, in, out).
 
 Everything here works on blocks of rows that fit a core's cache: on a CPU that is eight times as fast as `topk`.
-Nothing here writes to its arguments, and nothing makes a -0.0.
+Only `apply_mask_` writes to its argument, and nothing makes a -0.0.
 """
 
 from collections.abc import Iterator
@@ -91,8 +91,8 @@ def mask_2to4(scores: Tensor, dim: int = -1) -> Tensor:
     return mask
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """Return a copy of `weight` with +0.0 wherever `mask` is False or the weight is zero of either sign.
+def apply_mask_(weight: Tensor, mask: Tensor) -> Tensor:
+    """Write +0.0 into `weight`, in place, wherever `mask` is False or the weight is zero of either sign; return it.
 
     Multiplying by the mask would make -0.0 of every negative weight, which compressors take for a nonzero.
 
@@ -100,10 +100,9 @@ def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
         weight (`Tensor`): any shape, any floating dtype.
         mask (`Tensor`): bool, the shape of `weight`.
     """
-    pruned = torch.empty_like(weight)
-    for source, kept, target in zip(*(_row_blocks(t, -1) for t in (weight, mask, pruned)), strict=True):
-        bits_of(target).copy_(keep_bits(positive_zero_bits(source), kept))
-    return pruned
+    for block, kept in zip(_row_blocks(weight, -1), _row_blocks(mask, -1), strict=True):
+        bits_of(block).copy_(keep_bits(positive_zero_bits(block), kept))
+    return weight
 
 
 def prune_2to4(weight: Tensor, scores: Tensor | None = None, dim: int = -1) -> Tensor:
@@ -114,7 +113,7 @@ def prune_2to4(weight: Tensor, scores: Tensor | None = None, dim: int = -1) -> T
         scores (`Tensor`, *optional*): shape of `weight`; default is the magnitude.
         dim (`int`): the input dimension.
     """
-    return apply_mask(weight, mask_2to4(_comparable(weight).abs() if scores is None else scores, dim))
+    return apply_mask_(weight.clone(), mask_2to4(_comparable(weight).abs() if scores is None else scores, dim))
 
 
 def find_violations(weight: Tensor, dim: int = -1) -> Violations:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense
-from hf_sparse24.pattern import check_finite, prune_2to4
+from hf_sparse24.pattern import apply_mask_, check_finite, mask_2to4
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.version import __version__
@@ -23,7 +23,7 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     The config of the model gets a `sparse24` record of what was done.
 
-    One tensor at a time is replaced by its pruned copy, so the peak is the model and one projection.
+    One tensor at a time, written in place: the peak is the model, one tensor of scores and one mask.
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -89,4 +89,5 @@ def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
             "and load that with the device map."
         )
     check_finite(parameter, target.name)
-    parameter.data = prune_2to4(parameter.data, SALIENCY[method](parameter.data), target.dim)
+    # In place: fresh memory for every weight would cost more than the pruning.
+    apply_mask_(parameter.data, mask_2to4(SALIENCY[method](parameter.data), target.dim))

@@ -15,7 +15,7 @@ from hf_sparse24.packing import (
     quantize_rows,
     unpack_weight,
 )
-from hf_sparse24.pattern import apply_mask, mask_2to4
+from hf_sparse24.pattern import apply_mask_, mask_2to4
 
 
 def sparse(rows, columns, dtype=torch.float32, seed=0, zeros=0.0, leading=()):
@@ -23,7 +23,7 @@ def sparse(rows, columns, dtype=torch.float32, seed=0, zeros=0.0, leading=()):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(*leading, rows, columns, generator=generator) * 20
     weight = torch.where(torch.rand(weight.shape, generator=generator) < zeros, 0.0, weight)
-    masked = apply_mask(weight, mask_2to4(weight.abs()))
+    masked = apply_mask_(weight, mask_2to4(weight.abs()))
     return masked.clamp(-127, 127).to(dtype)
 
 
