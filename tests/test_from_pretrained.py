@@ -425,3 +425,29 @@ def test_experts_stay_dense_tensors_with_zeros(tmp_path, magnitude):
     states = {row.name: row.state for row in sparsity_report(packed).rows}
     assert states["model.layers.0.mlp.experts.gate_up_proj"] == "pruned"
     assert states["model.layers.0.self_attn.q_proj"] == "packed"
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_lora_trains_on_top_of_a_packed_model(tiny_llama_folder, magnitude, tokens, quantization):
+    peft = pytest.importorskip("peft")
+    base = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(quantization=quantization)
+    )
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(4):
+        loss = model(tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    after = model.get_base_model().state_dict()
+    packed = [key for key in before if "_proj" in key and key.endswith(("weight", "weight_indices", "weight_scale"))]
+    for key in packed:
+        module, _, name = key.rpartition(".")
+        kept = after.get(key, after.get(f"{module}.base_layer.{name}"))
+        assert torch.equal(kept.view(torch.uint8), before[key].view(torch.uint8)), key
