@@ -2,12 +2,12 @@
 
 Modes are interleaved, so that a slow moment of the machine hits all of them. The plain load is counted with one read
 of every weight ("plain, read") as well: from_pretrained maps a file that needs no conversion and leaves the reading to
-the first use, while pruning reads every weight.
+the first use, while pruning reads every weight. "first use" is the first from_pretrained of a process, which imports the
+modeling code; "warm" has imported it and has the file in memory; "cold file" reads it from the disk.
 """
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,33 +26,43 @@ MODES = {
     "read back packed": None,
     "read back packed int8": None,
 }
-REPEATS = 5
+REPEATS = 3
+CONDITIONS = [("auto", "first use"), ("auto", "warm"), ("auto", "cold file"), ("float32", "warm")]
 
 
-def measure_one(folder, dtype, mode, cache):
+def measure_one(folder, dtype, mode, condition):
     """Run in a process of its own: load once, print seconds and peak memory."""
-    if cache == "cold":
+    if condition == "cold file":
         for file in Path(folder).glob("*.safetensors"):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     import torch
-    from transformers import LlamaForCausalLM
+    import transformers
 
     from hf_sparse24 import Sparse24Config
 
+    if condition != "first use":  # else the modeling code is imported on the way, as users see it
+        from transformers import LlamaForCausalLM  # noqa: F401
+
     request = MODES[mode]
     kwargs = {} if request is None else {"quantization_config": Sparse24Config(method="magnitude", **request)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # restart the count of the peak
+    before = resident_peak()
     started = time.perf_counter()
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
     if mode in ("plain, read", "read back packed", "read back packed int8"):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.view(torch.uint8).max()
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "peak_mb": peak / 1024}))
+    print(json.dumps({"seconds": seconds, "peak_mb": resident_peak() - before}))
+
+
+def resident_peak():
+    """Return the peak of the resident memory of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main():
@@ -60,16 +70,16 @@ def main():
     from smollm2 import model_folder
 
     rows = []
-    for dtype, cache in (("auto", "warm"), ("auto", "cold"), ("float32", "warm"), ("float32", "cold")):
+    for dtype, condition in CONDITIONS:
         folders = {mode: model_folder() for mode in MODES}
         folders |= {f"read back packed{name}": packed_copy(dtype, name.strip() or None) for name in ("", " int8")}
         runs = {mode: [] for mode in MODES}
         for _ in range(REPEATS):
             for mode, results in runs.items():
-                command = [sys.executable, __file__, str(folders[mode]), dtype, mode, cache]
+                command = [sys.executable, __file__, str(folders[mode]), dtype, mode, condition]
                 output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 results.append(json.loads(output.splitlines()[-1]))
-        rows += summarize(runs, dtype, cache)
+        rows += summarize(runs, dtype, condition)
     write("load", rows)
 
 
@@ -89,7 +99,7 @@ def packed_copy(dtype, quantization):
     return folder
 
 
-def summarize(runs, dtype, cache):
+def summarize(runs, dtype, condition):
     """Make one row a mode from the medians of its runs, with ratios to the plain load of the same conditions."""
     medians = {
         mode: {key: statistics.median(run[key] for run in results) for key in ("seconds", "peak_mb")}
@@ -100,7 +110,7 @@ def summarize(runs, dtype, cache):
         {
             "model": "SmolLM2-135M-Instruct (stored in bfloat16)",
             "dtype": dtype,
-            "file_cache": cache,
+            "condition": condition,
             "mode": mode,
             "seconds": round(median["seconds"], 3),
             "of_plain": round(median["seconds"] / plain["seconds"], 2),

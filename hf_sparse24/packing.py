@@ -150,7 +150,9 @@ def absmax_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     A row of zeros gets 1. NaN and infinity stay in the scale, so that what is computed with it is not finite either.
     """
-    scale = tensor.abs().amax(-1, keepdim=True).float() / LARGEST_VALUE[dtype]
+    largest = tensor.abs().amax(-1, keepdim=True).float()
+    # Tensor by tensor: a GPU multiplies by the reciprocal of a scalar, which is another float now and then.
+    scale = largest / torch.full_like(largest, LARGEST_VALUE[dtype])
     return torch.where(scale == 0, 1.0, scale)
 
 

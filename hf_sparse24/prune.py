@@ -23,7 +23,7 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     The config of the model gets a `sparse24` record of what was done.
 
-    One tensor at a time, written in place: the peak is the model, one tensor of scores and one mask.
+    One tensor at a time: the peak is the model, and the scores, the mask and a copy of one matrix.
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -89,5 +89,8 @@ def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
             "and load that with the device map."
         )
     check_finite(parameter, target.name)
-    # In place: fresh memory for every weight would cost more than the pruning.
-    apply_mask_(parameter.data, mask_2to4(SALIENCY[method](parameter.data), target.dim))
+    weight = parameter.data
+    mask = mask_2to4(SALIENCY[method](weight), target.dim)
+    # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory that
+    # torch does not own and cannot resize) would be copied page by page, which costs more still.
+    parameter.data = apply_mask_(weight if weight.untyped_storage().resizable() else weight.clone(), mask)
