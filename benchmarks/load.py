@@ -2,8 +2,8 @@
 
 Modes are interleaved, so that a slow moment of the machine hits all of them. The plain load is counted with one read
 of every weight ("plain, read") as well: from_pretrained maps a file that needs no conversion and leaves the reading to
-the first use, while pruning reads every weight. "first use" is the first from_pretrained of a process, which imports the
-modeling code; "warm" has imported it and has the file in memory; "cold file" reads it from the disk.
+the first use, while pruning reads every weight. "first use" is the first from_pretrained of a process, which imports
+the modeling code; "warm" has imported it and has the file in memory; "cold file" reads it from the disk.
 """
 
 import json

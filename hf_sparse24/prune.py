@@ -91,6 +91,6 @@ def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
     check_finite(parameter, target.name)
     weight = parameter.data
     mask = mask_2to4(SALIENCY[method](weight), target.dim)
-    # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory that
-    # torch does not own and cannot resize) would be copied page by page, which costs more still.
+    # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory
+    # that torch does not own and cannot resize) would be copied page by page, which costs more still.
     parameter.data = apply_mask_(weight if weight.untyped_storage().resizable() else weight.clone(), mask)
