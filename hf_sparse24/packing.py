@@ -141,7 +141,8 @@ def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
         _blocks(weight, width), _blocks(quantized, width), _blocks(scale.unsqueeze(-1), width), strict=True
     ):
         target_scale.copy_(absmax_scale(source, dtype))
-        target.copy_(round_to(source.float() / target_scale, dtype))
+        rounded = round_to(source.float() / target_scale, dtype)
+        bits_of(target).copy_(positive_zero_bits(rounded))
     return quantized, scale
 
 
@@ -157,12 +158,9 @@ def absmax_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float32 `scaled` to int8 (halves to even) or to float8_e4m3fn, saturating and without -0.0."""
+    """Round float32 `scaled` to int8 (halves to even) or to float8_e4m3fn, saturating; FP8 may give -0.0."""
     bound = LARGEST_VALUE[dtype]
-    if dtype == torch.int8:
-        return scaled.round().clamp_(-bound, bound).to(dtype)
-    rounded = scaled.clamp(-bound, bound).to(dtype)
-    return positive_zero_bits(rounded).view(dtype)
+    return (scaled.round() if dtype == torch.int8 else scaled).clamp(-bound, bound).to(dtype)
 
 
 def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> None:

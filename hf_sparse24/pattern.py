@@ -159,7 +159,9 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 def is_nonzero(tensor: Tensor) -> Tensor:
     """Return a bool tensor, False for zeros of either sign. For all dtypes, and faster than comparing with zero."""
-    return _comparable(tensor).to(torch.bool)
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = bits_of(tensor) & 127
+    return tensor.to(torch.bool)
 
 
 def positive_zero_bits(tensor: Tensor) -> Tensor:

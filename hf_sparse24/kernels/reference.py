@@ -60,15 +60,14 @@ def scaled_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias in `out_dtype`."""
-    rows = input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0)
+    rows = input.reshape(-1, input.shape[-1])
     if weight.dtype == torch.int8:
         product = integer_matmul(rows, unpacked_once(weight, weight_indices, torch.int8)).float()
     else:
         compute = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
         product = F.linear(rows.to(compute), unpacked_once(weight, weight_indices, compute)).float()
-    scaled = (product * weight_scale).unflatten(0, input.shape[:-1]) if input.ndim > 1 else (product * weight_scale)[0]
-    scaled = scaled * input_scale
-    return (scaled if bias is None else scaled + bias.float()).to(out_dtype)
+    scaled = product.mul_(weight_scale).view(*input.shape[:-1], weight.shape[0]).mul_(input_scale)
+    return (scaled if bias is None else scaled.add_(bias)).to(out_dtype)
 
 
 def integer_matmul(left: Tensor, right: Tensor) -> Tensor:
