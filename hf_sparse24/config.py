@@ -6,6 +6,7 @@ does not know, so that an older package can read a newer checkpoint of the same 
 Objects (a dataset, a tokenizer) never reach the file; what they were is recorded as plain facts.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
@@ -118,6 +119,15 @@ class Sparse24Config(QuantizationConfigMixin):
         named = {key: record[key] for key in keys if key in record}
         produced_by = {key: value for key, value in record.items() if key not in keys}
         return cls(**named, quantization=quantization, format_version=FORMAT_VERSION, produced_by=produced_by)
+
+    def completed_by(self, record: dict[str, Any]) -> "Sparse24Config":
+        """Return this request with the choice of modules of a record where it makes none itself."""
+        if self.target_modules is not None or self.modules_to_not_convert is not None:
+            return self
+        completed = copy.copy(self)
+        completed.target_modules = record.get("target_modules")
+        completed.modules_to_not_convert = record.get("modules_to_not_convert")
+        return completed
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds: plain JSON values, and for a checkpoint only what describes it."""

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, record_of
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pattern import find_violations
+from hf_sparse24.prune import find_violating
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 
@@ -59,14 +59,17 @@ def unpack_(model: nn.Module) -> SparsityReport:
     afterwards: it can be trained, moved with `.half()`, and saved for any server.
 
     Raises:
-        `ValueError`: the model has no packed layer.
+        `ValueError`: the model has no packed layer, or has some that are offloaded.
     """
     packed = [module for module in model.modules() if isinstance(module, Sparse24Linear)]
     if not packed:
         raise ValueError(f"{type(model).__name__} has no packed 2:4 layer; there is nothing to unpack.")
-    record = record_of(model)
-    for module in logging.tqdm(packed, desc="Unpacking", unit="layer", leave=False):
-        _replace(model, module, module.to_linear())
+    if any(module.weight.is_meta for module in packed):
+        raise ValueError("Packed layers that are offloaded cannot be unpacked. Load the model onto one device first.")
+    record, places = record_of(model), _places(model)
+    while packed:  # each packed layer is freed as soon as its dense one stands in its place
+        module = packed.pop()
+        _replace(places.pop(module), module, module.to_linear())
     declare_dense(model, record)
     return sparsity_report(model)
 
@@ -90,35 +93,41 @@ def _linear_targets(selection: Selection) -> list[Target]:
 
 
 def _check_packable(model: nn.Module, selection: Selection) -> None:
-    """Raise before anything is changed: every linear target must be 2:4."""
+    """Raise before anything is changed: there must be linear targets, and each must be 2:4."""
     linear = _linear_targets(selection)
     if not linear:
         reasons = sorted({matrix.reason for matrix in selection.skipped})
         raise ValueError(f"Nothing to pack in {type(model).__name__}: {'; '.join(reasons) or 'no projection found'}.")
-    for target in linear:
-        found = find_violations(getattr(model.get_submodule(target.module_name), target.parameter), target.dim)
-        if found.count:
-            raise ValueError(
-                f"Packing needs 2:4 weights; {found.count} of the {found.groups} groups of {target.name} hold "
-                f"more than two "
-                "nonzeros. Prune the model with prune_ first, or keep the module out with modules_to_not_convert."
-            )
+    target = find_violating(model, Selection(tuple(linear)))
+    if target is not None:
+        raise ValueError(
+            f"Packing needs 2:4 weights; some groups of {target.name} hold more than two nonzeros. "
+            "Prune the model with prune_ first, or keep the module out with modules_to_not_convert."
+        )
 
 
 def _replace_targets(model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module]) -> int:
-    linear = _linear_targets(selection)
+    linear, places = _linear_targets(selection), _places(model)
     for target in logging.tqdm(linear, desc="Packing", unit="layer", leave=False):
         module = model.get_submodule(target.module_name)
-        _replace(model, module, make(module, target.name))
+        _replace(places.pop(module), module, make(module, target.name))
     return len(linear)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands (a shared layer stands in several places), and hand accelerate's hook over."""
-    for parent in list(model.modules()):
+def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Return where each module stands: parent and name, several for a shared layer."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
         for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+            if child is not None:
+                places.setdefault(child, []).append((parent, key))
+    return places
+
+
+def _replace(places: list[tuple[nn.Module, str]], old: nn.Module, new: nn.Module) -> None:
+    """Put `new` where `old` stands, and hand accelerate's hook over."""
+    for parent, key in places:
+        parent._modules[key] = new
     hook = getattr(old, "_hf_hook", None)
     if hook is not None:
         remove_hook_from_module(old)

@@ -8,8 +8,8 @@ from transformers.utils import logging
 
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
-from hf_sparse24.identity import declare_dense
-from hf_sparse24.pattern import apply_mask_, check_finite, mask_2to4
+from hf_sparse24.identity import declare_dense, record_of
+from hf_sparse24.pattern import apply_mask_, check_finite, find_violations, mask_2to4
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.version import __version__
@@ -39,11 +39,27 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
         `NotImplementedError`: the method is not available in this version.
     """
     config = config or Sparse24Config()
-    method = resolve_method(config, calibration)
-    selection = select(model, config.target_modules, config.modules_to_not_convert)
-    prune_selected_(model, selection, method)
-    declare_dense(model, config.record(method, selection.roles))
+    _, record = prune_on_request_(model, config, calibration)
+    declare_dense(model, record)
     return sparsity_report(model, config.target_modules, config.modules_to_not_convert)
+
+
+def prune_on_request_(
+    model: nn.Module, config: Sparse24Config, calibration: Any = None
+) -> tuple[Selection, dict[str, Any]]:
+    """Prune what the config asks for, and return what was chosen and the record of what was done.
+
+    A model with a record, pruned before and perhaps retrained since, keeps its choice of modules unless the config
+    names others; with method "auto", if it still is 2:4, it keeps its weights and its record too.
+    """
+    known = record_of(model)
+    config = config.completed_by(known)
+    selection = select(model, config.target_modules, config.modules_to_not_convert)
+    if known and config.method == "auto" and selection.targets and find_violating(model, selection) is None:
+        return selection, {**known, "roles": selection.roles}
+    method = resolve_method(config, calibration)
+    prune_selected_(model, selection, method)
+    return selection, config.record(method, selection.roles)
 
 
 def prune_selected_(model: nn.Module, selection: Selection, method: str) -> None:
@@ -58,35 +74,42 @@ def prune_selected_(model: nn.Module, selection: Selection, method: str) -> None
         _prune_target_(model.get_submodule(target.module_name), target, method)
 
 
-def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
-    """Return the method that runs. "auto" without data is magnitude, and says what that costs.
+def find_violating(model: nn.Module, selection: Selection) -> Target | None:
+    """Return the first target that is not 2:4, or None."""
+    for target in selection.targets:
+        if find_violations(getattr(model.get_submodule(target.module_name), target.parameter), target.dim).count:
+            return target
+    return None
 
-    Raises:
-        `NotImplementedError`: the method is not available in this version.
-    """
+
+def check_method(config: Sparse24Config, calibration: Any = None) -> None:
+    """Raise `NotImplementedError` when the method is not available in this version."""
     has_data = calibration is not None or config.dataset is not None
-    if config.method == "auto" and not has_data:
-        logger.warning_once(
-            "Sparse24Config(method='auto') without a dataset prunes by magnitude. A language model then needs "
-            "retraining: "
-            "magnitude alone ruins its perplexity."
-        )
-        return "magnitude"
-    if config.method not in SALIENCY or has_data:
+    if has_data or config.method not in ("auto", *SALIENCY):
         asked = f"method={config.method!r}" + (" with calibration data" if has_data else "")
         raise NotImplementedError(
             f"{asked} is not available yet in hf_sparse24 {__version__}; use method='magnitude' without data."
         )
-    return config.method
+
+
+def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
+    """Return the method that runs. "auto" without data is magnitude, and says what that costs."""
+    check_method(config, calibration)
+    if config.method != "auto":
+        return config.method
+    logger.warning_once(
+        "Sparse24Config(method='auto') without a dataset prunes by magnitude. A language model then needs retraining: "
+        "magnitude alone ruins its perplexity."
+    )
+    return "magnitude"
 
 
 def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
     parameter = getattr(module, target.parameter)
     if parameter.is_meta:
         raise ValueError(
-            f"{target.name} is offloaded and cannot be pruned where it is. Load the model onto one device, save "
-            f"it packed, "
-            "and load that with the device map."
+            f"{target.name} is offloaded and cannot be pruned where it is. Load the model onto one device, save it "
+            "packed, and load that with the device map."
         )
     check_finite(parameter, target.name)
     weight = parameter.data

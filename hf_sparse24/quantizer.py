@@ -24,8 +24,8 @@ from hf_sparse24.identity import declare_dense, declare_packed, keep_module_name
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES
-from hf_sparse24.prune import prune_selected_, resolve_method
-from hf_sparse24.selection import Selection, select
+from hf_sparse24.prune import check_method, prune_on_request_
+from hf_sparse24.selection import select
 
 
 class Sparse24HfQuantizer(HfQuantizer):
@@ -44,18 +44,19 @@ class Sparse24HfQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:
             raise ValueError(
-                "2:4 weights cannot be offloaded to disk: what is pruned there would be lost. "
-                "Use a device_map without 'disk', or a smaller model part per device."
+                "2:4 models cannot be offloaded to disk, where their weights would not be pruned; this device_map "
+                "has 'disk'. Use one without it."
             )
         resolve_backend(self.quantization_config.backend)
         if not self.pre_quantized:
-            resolve_method(self.quantization_config)
+            check_method(self.quantization_config)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """On the meta device: check the names that the user gave, or make room for packed weights."""
         config = self.quantization_config
         if self.pre_quantized:
-            made = make_packed_skeleton_(model, self._select(model), config.quantization, config.backend)
+            selection = select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
+            made = make_packed_skeleton_(model, selection, config.quantization, config.backend)
             files = kwargs.get("checkpoint_files") or []
             if files and all(file.endswith(".safetensors") for file in files):
                 check_packed_files(files, config.quantization, made)
@@ -64,13 +65,12 @@ class Sparse24HfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """With the weights in place: check what was read, or prune and pack."""
+        config = self.quantization_config
         if self.pre_quantized:
             _finish_reading(model)
             return
-        config = self.quantization_config
-        method, selection = resolve_method(config), self._select(model)
-        prune_selected_(model, selection, method)
-        record = config.record(method, selection.roles)
+        del model.config.quantization_config  # a request, not yet a description
+        selection, record = prune_on_request_(model, config)
         if config.pack:
             pack_selected_(model, selection, config.quantization, config.backend)
             declare_packed(model, Sparse24Config.of_checkpoint(record, config.quantization))
@@ -100,10 +100,6 @@ class Sparse24HfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes: `torch.compile(fullgraph=True)` and static caches work."""
         return True
-
-    def _select(self, model: PreTrainedModel) -> Selection:
-        config = self.quantization_config
-        return select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
 
 
 def _finish_reading(model: PreTrainedModel) -> None:

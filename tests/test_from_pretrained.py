@@ -451,3 +451,37 @@ def test_lora_trains_on_top_of_a_packed_model(tiny_llama_folder, magnitude, toke
         module, _, name = key.rpartition(".")
         kept = after.get(key, after.get(f"{module}.base_layer.{name}"))
         assert torch.equal(kept.view(torch.uint8), before[key].view(torch.uint8)), key
+
+
+def test_a_retrained_model_is_packed_as_it_is(tiny_llama_folder, tmp_path, magnitude):
+    """Prune and keep a module dense, retrain, then pack with a config that says nothing of either."""
+    model = LlamaForCausalLM.from_pretrained(
+        tiny_llama_folder, quantization_config=magnitude(pack=False, modules_to_not_convert=["down_proj"])
+    )
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    model.config.sparse24["method"] = "a recipe of tomorrow"
+    model.save_pretrained(tmp_path / "retrained")
+    packed = LlamaForCausalLM.from_pretrained(tmp_path / "retrained", quantization_config=Sparse24Config())
+    assert packed.config.quantization_config.method == "a recipe of tomorrow"
+    assert packed.config.quantization_config.modules_to_not_convert == ["down_proj"]
+    assert torch.equal(packed.model.layers[0].mlp.down_proj.weight, model.model.layers[0].mlp.down_proj.weight)
+    unpack_(packed)
+    assert_same_model(packed, model)
+
+
+def test_a_record_whose_weights_are_dense_again_is_pruned_again(tiny_llama_folder, tmp_path, magnitude):
+    model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False))
+    model.config.sparse24["method"] = "a recipe of tomorrow"
+    model.model.layers[0].mlp.up_proj.weight.data += 1
+    model.save_pretrained(tmp_path / "leaked")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "leaked", quantization_config=Sparse24Config())
+    assert again.config.quantization_config.method == "magnitude"
+    assert sparsity_report(again).totals["violating_groups"] == 0
+
+
+def test_offloaded_layers_are_not_unpacked_to_nothing(tiny_llama, magnitude):
+    prune_(tiny_llama, magnitude())
+    pack_(tiny_llama)
+    with pytest.raises(ValueError, match="offloaded cannot be unpacked"):
+        unpack_(tiny_llama.to("meta"))

@@ -74,8 +74,14 @@ class Sparse24Linear(nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dense_dtype, device=device))
 
     @classmethod
-    def like(cls, linear: nn.Module, quantization: str | None = None, backend: str = "auto") -> "Sparse24Linear":
-        """Return an uninitialized packed layer shaped and placed like an `nn.Linear` or `Conv1D`."""
+    def like(
+        cls,
+        linear: nn.Module,
+        quantization: str | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> "Sparse24Linear":
+        """Return an uninitialized packed layer shaped and, by default, placed like an `nn.Linear` or `Conv1D`."""
         _check_linear(linear)
         out_features, in_features = dense_weight(linear).shape
         packed = cls(
@@ -84,7 +90,7 @@ class Sparse24Linear(nn.Linear):
             linear.bias is not None,
             quantization,
             backend,
-            linear.weight.device,
+            device or linear.weight.device,
             linear.weight.dtype,
         )
         packed.source_class = Conv1D if isinstance(linear, Conv1D) else nn.Linear
@@ -110,8 +116,7 @@ class Sparse24Linear(nn.Linear):
         weight = dense_weight(linear)
         check_finite(weight, name)
         packed = pack_weight(weight, quantization, name)
-        with torch.device("meta"):
-            result = cls.like(linear, quantization, backend)
+        result = cls.like(linear, quantization, backend, device="meta")
         result.weight = _frozen(packed.weight)
         result.weight_indices = _frozen(packed.weight_indices)
         result.weight_scale = None if packed.weight_scale is None else _frozen(packed.weight_scale)
