@@ -2,8 +2,8 @@
 
 Modes are interleaved, so that a slow moment of the machine hits all of them. The plain load is counted with one read
 of every weight ("plain, read") as well: from_pretrained maps a file that needs no conversion and leaves the reading to
-the first use, while pruning reads every weight. "first use" is the first from_pretrained of a process, which imports
-the modeling code; "warm" has imported it and has the file in memory; "cold file" reads it from the disk.
+the first use, while pruning reads every weight. "warm" has the file in memory; "cold file" reads it from the disk.
+Importing is not counted.
 """
 
 import json
@@ -27,7 +27,7 @@ MODES = {
     "read back packed int8": None,
 }
 REPEATS = 3
-CONDITIONS = [("auto", "first use"), ("auto", "warm"), ("auto", "cold file"), ("float32", "warm")]
+CONDITIONS = [("auto", "warm"), ("auto", "cold file"), ("float32", "warm")]
 
 
 def measure_one(folder, dtype, mode, condition):
@@ -38,19 +38,16 @@ def measure_one(folder, dtype, mode, condition):
                 os.fsync(opened.fileno())
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     import torch
-    import transformers
+    from transformers import LlamaForCausalLM
 
     from hf_sparse24 import Sparse24Config
-
-    if condition != "first use":  # else the modeling code is imported on the way, as users see it
-        from transformers import LlamaForCausalLM  # noqa: F401
 
     request = MODES[mode]
     kwargs = {} if request is None else {"quantization_config": Sparse24Config(method="magnitude", **request)}
     Path("/proc/self/clear_refs").write_text("5")  # restart the count of the peak
     before = resident_peak()
     started = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
     if mode in ("plain, read", "read back packed", "read back packed int8"):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -25,7 +25,7 @@ def backend_capability(backend: str) -> Capability:
         backend (`str`): one of `BACKENDS`.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be 'auto' or one of {list(BACKENDS)}; got {backend!r}.")
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, or 'auto' in a config; got {backend!r}.")
     if backend == "reference":
         return Capability(True, "plain torch on any device; unpacks each weight once and runs it dense")
     if not torch.cuda.is_available():

@@ -6,9 +6,9 @@ on the way in. The contents of the indices are checked later, when they are in m
 
 from collections.abc import Iterable
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from hf_sparse24.packing import QUANTIZED_DTYPES, indices_width
+from hf_sparse24.packing import QUANTIZED_DTYPES, damaged, indices_width
 
 _VALUE_DTYPES = {None: {"BF16", "F16", "F32"}, "int8": {"I8"}, "fp8": {"F8_E4M3"}}
 _INDICES = ".weight_indices"
@@ -34,16 +34,19 @@ def check_packed_files(files: Iterable[str], quantization: str | None, expected_
 
 
 def _headers(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    with safe_open(file, framework="pt") as opened:
-        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-        return {key: (value.get_dtype(), tuple(value.get_shape())) for key, value in slices.items()}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            return {key: (value.get_dtype(), tuple(value.get_shape())) for key, value in slices.items()}
+    except SafetensorError as error:
+        raise damaged(f"{file} is no complete safetensors file ({error})") from None
 
 
 def _check_layer(tensors: dict[str, tuple[str, tuple[int, ...]]], layer: str, quantization: str | None) -> None:
     keys = ["weight", "weight_indices"] + (["weight_scale"] if quantization in QUANTIZED_DTYPES else [])
     for key in keys:
         if f"{layer}.{key}" not in tensors:
-            raise _damaged(f"{layer}.{key} is missing")
+            raise damaged(f"{layer}.{key} is missing")
     value_dtype, shape = tensors[f"{layer}.weight"]
     in_features = 2 * shape[-1]
     expected = {
@@ -55,12 +58,8 @@ def _check_layer(tensors: dict[str, tuple[str, tuple[int, ...]]], layer: str, qu
         dtype, found = tensors[f"{layer}.{key}"]
         dtypes, wanted = expected[key]
         if dtype not in dtypes:
-            raise _damaged(f"{layer}.{key} is {dtype} where format 1 has {' or '.join(sorted(dtypes))}")
+            raise damaged(f"{layer}.{key} is {dtype} where format 1 has {' or '.join(sorted(dtypes))}")
         if found != wanted:
-            raise _damaged(
+            raise damaged(
                 f"{layer}.{key} has shape {found} where format 1 has {wanted} beside {value_dtype} values {shape}"
             )
-
-
-def _damaged(found: str) -> ValueError:
-    return ValueError(f"The packed checkpoint is damaged: {found}. Download or save it again.")

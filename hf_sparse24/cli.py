@@ -12,7 +12,8 @@ import transformers
 import typer
 from huggingface_hub import snapshot_download
 from rich.console import Console
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
@@ -110,15 +111,23 @@ def main() -> None:
     """Run the command line; what the user can repair is one line on stderr, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
 
 
 def _load(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model with the class that its config names, as it was saved."""
-    architectures = AutoConfig.from_pretrained(name).architectures or []
-    model_class = getattr(transformers, architectures[0], AutoModel) if architectures else AutoModel
+    config = AutoConfig.from_pretrained(name)
+    if kwargs and getattr(config, "quantization_config", None):
+        method = dict(config.quantization_config).get("quant_method")
+        raise ValueError(f"{name} is quantized already ({method}). Prune the dense model, or unpack this one first.")
+    architecture = (config.architectures or [None])[0]
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise ValueError(
+            f"The config of {name} names the class {architecture!r}, which transformers lacks; use Python."
+        )
     return model_class.from_pretrained(name, dtype=dtype, **kwargs)
 
 

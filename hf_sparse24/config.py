@@ -122,12 +122,17 @@ class Sparse24Config(QuantizationConfigMixin):
 
     def completed_by(self, record: dict[str, Any]) -> "Sparse24Config":
         """Return this request with the choice of modules of a record where it makes none itself."""
-        if self.target_modules is not None or self.modules_to_not_convert is not None:
+        if self.choices():
             return self
         completed = copy.copy(self)
         completed.target_modules = record.get("target_modules")
         completed.modules_to_not_convert = record.get("modules_to_not_convert")
         return completed
+
+    def choices(self) -> dict[str, Any]:
+        """Return the choice of modules, without what was left to the default."""
+        chosen = {"target_modules": self.target_modules, "modules_to_not_convert": self.modules_to_not_convert}
+        return {key: value for key, value in chosen.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds: plain JSON values, and for a checkpoint only what describes it."""
@@ -136,7 +141,7 @@ class Sparse24Config(QuantizationConfigMixin):
             return {**described, **self.unknown_keys}
         request = {key: value for key, value in vars(self).items() if key not in ("unknown_keys", *_ONLY_DESCRIBED)}
         for key in ("dataset", "tokenizer"):
-            request[key] = request[key] if isinstance(request[key], str) else None
+            request[key] = _describe(request[key])
         return request
 
     def record(self, method: str | None = None, roles: Sequence[str] | None = None) -> dict[str, Any]:
@@ -147,10 +152,7 @@ class Sparse24Config(QuantizationConfigMixin):
             roles (`Sequence[str]`, *optional*): the roles that were pruned.
         """
         roles = self.roles if roles is None else list(roles)
-        record: dict[str, Any] = {"method": method or self.method, "seed": self.seed, "roles": roles}
-        for key in ("target_modules", "modules_to_not_convert"):
-            if getattr(self, key) is not None:
-                record[key] = getattr(self, key)
+        record = {"method": method or self.method, "seed": self.seed, "roles": roles, **self.choices()}
         return record | (self._production() if self.produced_by is None else self.produced_by)
 
     def _production(self) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class Sparse24Config(QuantizationConfigMixin):
         if self.format_version not in (None, FORMAT_VERSION):
             raise ValueError(
                 f"This checkpoint has packed format {self.format_version!r}; hf_sparse24 {__version__} reads format "
-                f"{FORMAT_VERSION}. Install the hf_sparse24 version named in its model card."
+                f"{FORMAT_VERSION}. Install the version under 'produced_by' in its config.json."
             )
         _check_choice("quantization", self.quantization, (None, *QUANTIZED_DTYPES))
         _check_choice("backend", self.backend, ("auto", *BACKENDS))

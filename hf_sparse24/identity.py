@@ -35,6 +35,8 @@ def declare_dense(model: nn.Module, record: dict[str, Any]) -> None:
     """Make a model an ordinary one, for Trainer, `.half()`, FSDP and servers, with the record in its config."""
     for key in ("hf_quantizer", "quantization_method", "is_quantized"):
         model.__dict__.pop(key, None)
+    if "_dense_weight_conversions" in model.__dict__:
+        model._weight_conversions = model.__dict__.pop("_dense_weight_conversions")
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             for key in ("quantization_config", "_is_quantized"):
@@ -72,4 +74,6 @@ def keep_module_names(model: PreTrainedModel) -> None:
         return any(re.search(target, name) for target in targets for name in names)
 
     conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [conversion for conversion in conversions if not merges_packed_layers(conversion)]
+    kept = [conversion for conversion in conversions if not merges_packed_layers(conversion)]
+    if len(kept) < len(conversions):
+        model._weight_conversions, model._dense_weight_conversions = kept, conversions

@@ -10,7 +10,9 @@ from transformers.utils import logging
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, record_of
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.prune import find_violating
+from hf_sparse24.packing import check_value_dtype
+from hf_sparse24.pattern import check_finite, check_present
+from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 
@@ -40,11 +42,12 @@ def pack_(
     Raises:
         `ValueError`: a projection is not 2:4, or nothing can be packed; nothing was changed.
     """
+    refuse_packed_layers(model)
     record = record_of(model)
     asked = {"target_modules": target_modules, "modules_to_not_convert": modules_to_not_convert}
     record |= {key: value for key, value in asked.items() if value is not None}
     selection = select(model, record.get("target_modules"), record.get("modules_to_not_convert"))
-    _check_packable(model, selection)
+    _check_2to4(model, selection)
     pack_selected_(model, selection, quantization, backend)
     record = {**Sparse24Config().record("unknown", selection.roles), **record, "roles": selection.roles}
     declare_packed(model, Sparse24Config.of_checkpoint(record, quantization))
@@ -61,11 +64,15 @@ def unpack_(model: nn.Module) -> SparsityReport:
     Raises:
         `ValueError`: the model has no packed layer, or has some that are offloaded.
     """
-    packed = [module for module in model.modules() if isinstance(module, Sparse24Linear)]
+    if isinstance(model, Sparse24Linear):
+        raise ValueError("unpack_ takes a model that holds packed layers; for a single layer call its to_linear().")
+    packed = []
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear):
+            check_present(module.weight, name)
+            packed.append(module)
     if not packed:
         raise ValueError(f"{type(model).__name__} has no packed 2:4 layer; there is nothing to unpack.")
-    if any(module.weight.is_meta for module in packed):
-        raise ValueError("Packed layers that are offloaded cannot be unpacked. Load the model onto one device first.")
     record, places = record_of(model), _places(model)
     while packed:  # each packed layer is freed as soon as its dense one stands in its place
         module = packed.pop()
@@ -75,30 +82,39 @@ def unpack_(model: nn.Module) -> SparsityReport:
 
 
 def pack_selected_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> None:
-    """Pack the linear targets of a selection, one at a time."""
+    """Pack the linear targets of a selection, one at a time.
+
+    Raises:
+        `ValueError`: a target has no packed form; nothing was changed.
+    """
+    _check_packable(model, selection, quantization)
+    experts = len(selection.targets) - len(_linear_targets(selection))
+    if experts:
+        logger.warning_once(
+            f"{experts} fused expert stacks are pruned and stay dense tensors with zeros; only linear layers pack."
+        )
 
     def pack(linear: nn.Module, name: str) -> nn.Module:
         return Sparse24Linear.from_linear(linear, quantization, backend, name)
 
-    _replace_targets(model, selection, pack)
+    _replace_targets(model, selection, pack, "Packing")
 
 
 def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> int:
     """Put uninitialized packed layers in place of the linear targets, for a checkpoint to fill; return how many."""
-    return _replace_targets(model, selection, lambda linear, _: Sparse24Linear.like(linear, quantization, backend))
+
+    def empty(linear: nn.Module, _: str) -> nn.Module:
+        return Sparse24Linear.like(linear, quantization, backend)
+
+    return _replace_targets(model, selection, empty, "Preparing packed layers")
 
 
 def _linear_targets(selection: Selection) -> list[Target]:
     return [target for target in selection.targets if not target.is_expert_stack]
 
 
-def _check_packable(model: nn.Module, selection: Selection) -> None:
-    """Raise before anything is changed: there must be linear targets, and each must be 2:4."""
-    linear = _linear_targets(selection)
-    if not linear:
-        reasons = sorted({matrix.reason for matrix in selection.skipped})
-        raise ValueError(f"Nothing to pack in {type(model).__name__}: {'; '.join(reasons) or 'no projection found'}.")
-    target = find_violating(model, Selection(tuple(linear)))
+def _check_2to4(model: nn.Module, selection: Selection) -> None:
+    target = find_violating(model, Selection(tuple(_linear_targets(selection))))
     if target is not None:
         raise ValueError(
             f"Packing needs 2:4 weights; some groups of {target.name} hold more than two nonzeros. "
@@ -106,9 +122,45 @@ def _check_packable(model: nn.Module, selection: Selection) -> None:
         )
 
 
-def _replace_targets(model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module]) -> int:
+def _check_packable(model: nn.Module, selection: Selection, quantization: str | None) -> None:
+    """Raise before anything is changed when a linear target has no packed form."""
+    linear = _linear_targets(selection)
+    if not linear:
+        reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "no linear projection found"
+        raise ValueError(f"Nothing to pack in {type(model).__name__}: {reasons}.")
+    _check_untied(model, {target.module_name for target in linear})
+    for target in linear:
+        module = model.get_submodule(target.module_name)
+        check_present(module.weight, target.name)
+        check_finite(module.weight, target.name)
+        check_value_dtype(module.weight.dtype, target.name)
+    leaves = {target.name.rpartition(".")[2] for target in linear}
+    cast_to_weight = leaves & set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if quantization == "fp8" and cast_to_weight:
+        raise ValueError(
+            f"{type(model).__name__} casts inputs to the dtype of {sorted(cast_to_weight)}, which FP8 would ruin. "
+            f"Use quantization='int8', or modules_to_not_convert={sorted(cast_to_weight)}."
+        )
+
+
+def _check_untied(model: nn.Module, names: set[str]) -> None:
+    """Raise when two modules share the weight of a layer that is to be packed."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owner = owners.setdefault(id(parameter), name)
+            if owner != name and names & {owner, name} and parameter.ndim > 1:
+                raise ValueError(
+                    f"{owner} and {name} share one weight, and tied layers cannot be packed yet. "
+                    "Use pack=False, or keep them out with modules_to_not_convert."
+                )
+
+
+def _replace_targets(
+    model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module], title: str
+) -> int:
     linear, places = _linear_targets(selection), _places(model)
-    for target in logging.tqdm(linear, desc="Packing", unit="layer", leave=False):
+    for target in logging.tqdm(linear, desc=title, unit="layer", leave=False):
         module = model.get_submodule(target.module_name)
         _replace(places.pop(module), module, make(module, target.name))
     return len(linear)

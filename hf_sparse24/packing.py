@@ -71,7 +71,7 @@ def pack_weight(weight: Tensor, quantization: str | None = None, name: str = "th
 
     ```
     """
-    _check_value_dtype(weight.dtype, name)
+    check_value_dtype(weight.dtype, name)
     check_in_features(weight.shape[-1], name)
     *leading, in_features = weight.shape
     values = torch.empty(*leading, in_features // 2, dtype=weight.dtype, device=weight.device)
@@ -96,10 +96,14 @@ def unpack_weight(packed: PackedWeight, dtype: torch.dtype | None = None) -> Ten
         packed (`PackedWeight`): as `pack_weight` returns it. With a scale the values are multiplied by it.
         dtype (`torch.dtype`, *optional*): of the result; default is that of the values, or float32 with a scale.
     """
-    if packed.weight_scale is None:
-        return scatter_values(packed.weight, packed.weight_indices).to(dtype or packed.weight.dtype)
-    values = packed.weight.float() * packed.weight_scale.unsqueeze(-1)
-    return scatter_values(values.to(dtype or torch.float32), packed.weight_indices)
+    values, scale = packed.weight, packed.weight_scale
+    if scale is not None:
+        values = values.float() * scale.unsqueeze(-1)
+    wanted = dtype or (packed.weight.dtype if scale is None else torch.float32)
+    if values.dtype != wanted:
+        values = values.to(wanted)
+        values = positive_zero_bits(values).view(wanted)  # small negative values may have become -0.0
+    return scatter_values(values, packed.weight_indices)
 
 
 def scatter_values(values: Tensor, indices: Tensor) -> Tensor:
@@ -172,7 +176,7 @@ def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> Non
         name (`str`): the module, for the message.
     """
     *leading, in_features = shape
-    _check_value_dtype(packed.weight.dtype, name)
+    check_value_dtype(packed.weight.dtype, name)
     quantized = packed.weight.dtype in LARGEST_VALUE
     expected = {
         "weight": ((*leading, in_features // 2), packed.weight.dtype, packed.weight),
@@ -180,21 +184,21 @@ def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> Non
     }
     if quantized != (packed.weight_scale is not None):
         state = "missing" if quantized else "present"
-        raise _corrupt(f"{name}.weight_scale is {state} beside {_short(packed.weight.dtype)} values")
+        raise damaged(f"{name}.weight_scale is {state} beside {dtype_name(packed.weight.dtype)} values")
     if packed.weight_scale is not None:
         expected["weight_scale"] = (tuple(leading), torch.float32, packed.weight_scale)
     for key, (wanted_shape, wanted_dtype, tensor) in expected.items():
         if tuple(tensor.shape) != wanted_shape:
-            raise _corrupt(
+            raise damaged(
                 f"{name}.{key} has shape {tuple(tensor.shape)}, format 1 of {tuple(shape)} has {wanted_shape}"
             )
         if tensor.dtype != wanted_dtype:
-            raise _corrupt(f"{name}.{key} is {_short(tensor.dtype)}, format 1 has {_short(wanted_dtype)}")
+            raise damaged(f"{name}.{key} is {dtype_name(tensor.dtype)}, format 1 has {dtype_name(wanted_dtype)}")
     _check_indices(packed.weight_indices, in_features, name)
     if packed.weight_scale is not None and not bool(
         (packed.weight_scale.isfinite() & (packed.weight_scale > 0)).all()
     ):
-        raise _corrupt(f"{name}.weight_scale holds a value that is not a positive finite number")
+        raise damaged(f"{name}.weight_scale holds a value that is not a positive finite number")
 
 
 def _check_indices(indices: Tensor, in_features: int, name: str) -> None:
@@ -202,24 +206,27 @@ def _check_indices(indices: Tensor, in_features: int, name: str) -> None:
     descending = first >= second
     if bool(descending.any()):
         where = tuple(descending.nonzero()[0].tolist())
-        raise _corrupt(f"{name}.weight_indices is not ascending, the first time at (row, group) {where}")
+        raise damaged(f"{name}.weight_indices is not ascending, the first time at (row, group) {where}")
     if in_features % (2 * GROUP_SIZE) and bool((indices[..., -1] >> 4).any()):
-        raise _corrupt(f"{name}.weight_indices has a nonzero unused last nibble")
+        raise damaged(f"{name}.weight_indices has a nonzero unused last nibble")
 
 
-def _corrupt(found: str) -> ValueError:
+def damaged(found: str) -> ValueError:
+    """Return the error for a packed checkpoint that is not format 1."""
     return ValueError(f"The packed checkpoint is damaged: {found}. Download or save it again.")
 
 
-def _check_value_dtype(dtype: torch.dtype, name: str) -> None:
+def check_value_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise `ValueError` when values of `dtype` have no packed form."""
     if dtype not in VALUE_DTYPES:
-        known = ", ".join(map(_short, VALUE_DTYPES))
+        known = ", ".join(map(dtype_name, VALUE_DTYPES))
         raise ValueError(
-            f"Format 1 stores {known}; {name} is {_short(dtype)}. Load the model with one of these dtypes."
+            f"Format 1 stores {known}; {name} is {dtype_name(dtype)}. Load the model with one of these dtypes."
         )
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module."""
     return str(dtype).removeprefix("torch.")
 
 

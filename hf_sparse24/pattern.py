@@ -38,10 +38,16 @@ class Violations:
 def check_in_features(in_features: int, name: str) -> None:
     """Raise `ValueError` when rows of `in_features` weights cannot be cut into groups of four."""
     if in_features % GROUP_SIZE:
+        remedy = f"modules_to_not_convert=['{name.rpartition('.')[2]}']" if "." in name else "modules_to_not_convert"
         raise ValueError(
-            f"2:4 needs in_features divisible by {GROUP_SIZE}; {name} has {in_features}. "
-            f"Keep it dense with modules_to_not_convert=['{name.rpartition('.')[2]}']."
+            f"2:4 needs in_features divisible by {GROUP_SIZE}; {name} has {in_features}. Keep it dense with {remedy}."
         )
+
+
+def check_present(weight: Tensor, name: str) -> None:
+    """Raise `ValueError` when a weight has no values here: it is on the meta device, as offloaded weights are."""
+    if weight.is_meta:
+        raise ValueError(f"{name} is offloaded or on the meta device. Load the model onto one device first.")
 
 
 def check_finite(weight: Tensor, name: str) -> None:
@@ -57,8 +63,8 @@ def check_finite(weight: Tensor, name: str) -> None:
             bad = int((~torch.isfinite(_comparable(weight))).sum())
             if bad:
                 raise ValueError(
-                    f"Pruning needs finite weights; {name} holds {bad} NaN or infinite value(s). "
-                    "Repair the checkpoint or keep this module dense with modules_to_not_convert."
+                    f"2:4 needs finite weights; {name} holds {bad} NaN or infinite value(s). "
+                    "Repair the checkpoint, or keep this module dense with modules_to_not_convert."
                 )
             return
 

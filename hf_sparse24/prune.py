@@ -9,7 +9,8 @@ from transformers.utils import logging
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense, record_of
-from hf_sparse24.pattern import apply_mask_, check_finite, find_violations, mask_2to4
+from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.pattern import apply_mask_, check_finite, check_present, find_violations, mask_2to4
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.version import __version__
@@ -23,7 +24,8 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     The config of the model gets a `sparse24` record of what was done.
 
-    One tensor at a time: the peak is the model, and the scores, the mask and a copy of one matrix.
+    One tensor at a time: the peak is the model, and the scores, the mask and a copy of one matrix. (Weights that are
+    mapped from a file count twice until the last of them is replaced: the file's pages stay, as cache.)
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -45,24 +47,27 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
 
 def prune_on_request_(
-    model: nn.Module, config: Sparse24Config, calibration: Any = None
+    model: nn.Module, config: Sparse24Config, calibration: Any = None, in_place: bool = True
 ) -> tuple[Selection, dict[str, Any]]:
     """Prune what the config asks for, and return what was chosen and the record of what was done.
 
     A model with a record, pruned before and perhaps retrained since, keeps its choice of modules unless the config
     names others; with method "auto", if it still is 2:4, it keeps its weights and its record too.
+
+    With `in_place=False` no memory is written to that the parameters had before.
     """
+    refuse_packed_layers(model)
     known = record_of(model)
     config = config.completed_by(known)
     selection = select(model, config.target_modules, config.modules_to_not_convert)
     if known and config.method == "auto" and selection.targets and find_violating(model, selection) is None:
-        return selection, {**known, "roles": selection.roles}
+        return selection, {**known, **config.choices(), "roles": selection.roles}
     method = resolve_method(config, calibration)
-    prune_selected_(model, selection, method)
+    prune_selected_(model, selection, method, in_place)
     return selection, config.record(method, selection.roles)
 
 
-def prune_selected_(model: nn.Module, selection: Selection, method: str) -> None:
+def prune_selected_(model: nn.Module, selection: Selection, method: str, in_place: bool = True) -> None:
     """Prune the targets of a selection in place, with a method that needs no data."""
     if not selection.targets:
         reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "it has none"
@@ -71,13 +76,25 @@ def prune_selected_(model: nn.Module, selection: Selection, method: str) -> None
             "Name projections with target_modules."
         )
     for target in logging.tqdm(selection.targets, desc="Pruning to 2:4", unit="matrix", leave=False):
-        _prune_target_(model.get_submodule(target.module_name), target, method)
+        _prune_target_(model.get_submodule(target.module_name), target, method, in_place)
+
+
+def refuse_packed_layers(model: nn.Module) -> None:
+    """Raise `ValueError` when a model has packed layers: pruning or packing the rest would leave two kinds in one."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)]
+    if packed:
+        raise ValueError(
+            f"{type(model).__name__} has {len(packed)} packed 2:4 layers already, {packed[0] or 'itself'} for one. "
+            "Call unpack_ on it first."
+        )
 
 
 def find_violating(model: nn.Module, selection: Selection) -> Target | None:
     """Return the first target that is not 2:4, or None."""
     for target in selection.targets:
-        if find_violations(getattr(model.get_submodule(target.module_name), target.parameter), target.dim).count:
+        weight = getattr(model.get_submodule(target.module_name), target.parameter)
+        check_present(weight, target.name)
+        if find_violations(weight, target.dim).count:
             return target
     return None
 
@@ -104,16 +121,12 @@ def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
     return "magnitude"
 
 
-def _prune_target_(module: nn.Module, target: Target, method: str) -> None:
+def _prune_target_(module: nn.Module, target: Target, method: str, in_place: bool) -> None:
     parameter = getattr(module, target.parameter)
-    if parameter.is_meta:
-        raise ValueError(
-            f"{target.name} is offloaded and cannot be pruned where it is. Load the model onto one device, save it "
-            "packed, and load that with the device map."
-        )
+    check_present(parameter, target.name)
     check_finite(parameter, target.name)
     weight = parameter.data
     mask = mask_2to4(SALIENCY[method](weight), target.dim)
     # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory
     # that torch does not own and cannot resize) would be copied page by page, which costs more still.
-    parameter.data = apply_mask_(weight if weight.untyped_storage().resizable() else weight.clone(), mask)
+    parameter.data = apply_mask_(weight if in_place and weight.untyped_storage().resizable() else weight.clone(), mask)

@@ -23,7 +23,7 @@ from hf_sparse24.config import QUANT_METHOD, Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
-from hf_sparse24.packing import QUANTIZED_DTYPES
+from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
 from hf_sparse24.selection import select
 
@@ -54,10 +54,12 @@ class Sparse24HfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """On the meta device: check the names that the user gave, or make room for packed weights."""
         config = self.quantization_config
+        files = kwargs.get("checkpoint_files") or []
+        # Without files the weights are tensors of the caller (`state_dict=...`), which must stay as they are.
+        self.owns_weights = bool(files)
         if self.pre_quantized:
             selection = select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
             made = make_packed_skeleton_(model, selection, config.quantization, config.backend)
-            files = kwargs.get("checkpoint_files") or []
             if files and all(file.endswith(".safetensors") for file in files):
                 check_packed_files(files, config.quantization, made)
         else:
@@ -70,7 +72,7 @@ class Sparse24HfQuantizer(HfQuantizer):
             _finish_reading(model)
             return
         del model.config.quantization_config  # a request, not yet a description
-        selection, record = prune_on_request_(model, config)
+        selection, record = prune_on_request_(model, config, in_place=self.owns_weights)
         if config.pack:
             pack_selected_(model, selection, config.quantization, config.backend)
             declare_packed(model, Sparse24Config.of_checkpoint(record, config.quantization))
@@ -106,6 +108,7 @@ def _finish_reading(model: PreTrainedModel) -> None:
     """Restore dtypes and freezing that the loader does not know of, and verify every packed layer."""
     for name, module in model.named_modules():
         if not isinstance(module, Sparse24Linear):
+            _check_dense(name, module)
             continue
         for key in ("weight", "weight_indices", "weight_scale"):
             tensor = getattr(module, key)
@@ -118,6 +121,14 @@ def _finish_reading(model: PreTrainedModel) -> None:
         if not module.weight.is_meta:  # offloaded weights live in accelerate's hooks
             module.check(name)
     keep_module_names(model)
+
+
+def _check_dense(name: str, module: torch.nn.Module) -> None:
+    """Before 5.23 transformers accepts a weight of any shape where there is a quantizer: refuse half a weight here."""
+    if isinstance(module, torch.nn.Linear):
+        shape, expected = tuple(module.weight.shape), (module.out_features, module.in_features)
+        if shape != expected and not module.weight.is_meta:
+            raise damaged(f"{name}.weight has shape {shape}, belongs to no packed layer, and should have {expected}")
 
 
 def register() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_sparse24.identity import record_of
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pattern import density, find_violations
+from hf_sparse24.packing import dtype_name
+from hf_sparse24.pattern import Violations, check_present, density, find_violations
 from hf_sparse24.selection import Skipped, Target, role_of, select
 
 
@@ -26,14 +28,14 @@ class SparsityRow:
     Attributes:
         name (`str`): path of the module, or of the parameter where a module holds several.
         role (`str`, *optional*): q, k, v, o, gate, up, down ...; None outside attention and feed-forward.
-        shape (`tuple[int, ...]`): of the dense weight.
+        shape (`tuple[int, ...]`): of the dense weight, (out, in) or (experts, ...) as stored.
         dtype (`str`): of the stored values.
         state (`str`): `"packed"`, `"pruned"` (2:4, stored dense) or `"dense"`.
         density (`float`): share of nonzeros.
         violating_groups (`int`, *optional*): groups of four with more than two nonzeros; None where it was not asked.
         bytes_dense (`int`): of the dense weight in the dtype of the model.
         bytes_stored (`int`): of all tensors that hold it now.
-        reason (`str`, *optional*): why it is dense.
+        reason (`str`, *optional*): why it is dense, or stored dense.
     """
 
     name: str
@@ -155,12 +157,13 @@ def report_table(report: SparsityReport) -> Table:
 
 
 def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
+    check_present(module.weight, name)
     tensors = [tensor for tensor in module.packed if tensor is not None]
     return SparsityRow(
         name=name,
         role=role_of(name),
         shape=(module.out_features, module.in_features),
-        dtype=_short(module.weight),
+        dtype=dtype_name(module.weight.dtype),
         state="packed",
         density=density(module.weight) / 2,
         violating_groups=0,
@@ -171,26 +174,29 @@ def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
 
 def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
     weight = getattr(module, matrix.parameter).detach()
+    check_present(weight, matrix.name)
     violations = find_violations(weight, matrix.dim) if isinstance(matrix, Target) else None
-    reason = matrix.reason if isinstance(matrix, Skipped) else None
-    if violations is not None and violations.count:
-        reason = f"not 2:4 in {violations.count} of {violations.groups} groups"
+    pruned = violations is not None and violations.count == 0
     return SparsityRow(
         name=matrix.name,
         role=role_of(matrix.name),
-        shape=tuple(weight.shape),
-        dtype=_short(weight),
-        state="dense" if reason else "pruned",
+        shape=tuple(weight.t().shape if isinstance(module, Conv1D) else weight.shape),
+        dtype=dtype_name(weight.dtype),
+        state="pruned" if pruned else "dense",
         density=density(weight),
         violating_groups=None if violations is None else violations.count,
         bytes_dense=weight.nbytes,
         bytes_stored=weight.nbytes,
-        reason=reason,
+        reason=_reason(matrix, violations),
     )
 
 
-def _short(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _reason(matrix: Target | Skipped, violations: Violations | None) -> str | None:
+    if isinstance(matrix, Skipped):
+        return matrix.reason
+    if violations is not None and violations.count:
+        return f"not 2:4 in {violations.count} of {violations.groups} groups"
+    return "fused experts have no packed layer" if matrix.is_expert_stack else None
 
 
 def _megabytes(size: int) -> str:

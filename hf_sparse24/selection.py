@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from hf_sparse24.packing import dtype_name
 from hf_sparse24.pattern import GROUP_SIZE
 
 # The role of a projection by the last part of its name, wherever in a layer it stands ...
@@ -223,7 +224,7 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
     if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
         return "not a linear projection"
     if not weight.is_floating_point() or weight.element_size() == 1:
-        return f"already quantized ({str(weight.dtype).removeprefix('torch.')})"
+        return f"already quantized ({dtype_name(weight.dtype)})"
     if _path_inside_layer(name) is None and _is_head(model, name, module):
         return "head"
     if "pooler" in name.split("."):

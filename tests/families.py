@@ -79,3 +79,18 @@ def build(family, **overrides):
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**kwargs, **overrides})
     return getattr(transformers, model_class)(config).eval()
+
+
+def inputs(family):
+    """Return arguments for a forward pass of the model that `build` makes."""
+    torch.manual_seed(1)
+    tokens = {"input_ids": torch.randint(3, 96, (2, 7))}
+    decoder = {"decoder_input_ids": torch.randint(3, 96, (2, 5))}
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    if family == "whisper":
+        return {"input_features": torch.randn(2, 80, 3000)} | decoder
+    if family in ("t5", "bart"):
+        return tokens | decoder
+    if family in ("vit", "dinov2", "dinov2_swiglu"):
+        return pixels
+    return tokens | pixels if family == "clip" else tokens

@@ -102,6 +102,21 @@ def test_a_missing_model_is_one_line(cli, tmp_path):
     assert "Traceback" not in err
 
 
+def test_pruning_a_packed_model_says_so(cli, source, tmp_path):
+    cli("prune", source, tmp_path / "packed", "--method", "magnitude")
+    code, _, err = cli("prune", tmp_path / "packed", tmp_path / "again", "--quantization", "int8")
+    assert code == 1
+    assert "is quantized already (sparse24)" in err
+
+
+def test_an_unknown_architecture_is_not_replaced(cli, source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["MyLlama"]}))
+    code, _, err = cli("prune", source, tmp_path / "out", "--method", "magnitude")
+    assert code == 1
+    assert "names the class 'MyLlama', which transformers lacks" in err
+
+
 def test_unpacking_a_dense_model_says_so(cli, source, tmp_path):
     code, _, err = cli("unpack", source, tmp_path / "out")
     assert code == 1

@@ -62,8 +62,9 @@ def test_objects_never_end_in_the_file():
         name_or_path = "my/tokenizer"
 
     config = Sparse24Config(method="wanda", dataset=["one", "two"], tokenizer=Tokenizer())
-    assert config.to_dict()["dataset"] is None
-    assert config.to_dict()["tokenizer"] is None
+    assert config.to_dict()["dataset"] == "list of 2 items"
+    assert config.to_dict()["tokenizer"] == "my/tokenizer"
+    assert Sparse24Config.from_dict(config.to_dict()).to_dict() == config.to_dict()
     record = config.record("wanda", ["q"])
     assert record["calibration"]["dataset"] == "list of 2 items"
     assert record["calibration"]["tokenizer"] == "my/tokenizer"

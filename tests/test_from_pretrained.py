@@ -1,5 +1,6 @@
 """The whole way: from_pretrained prunes and packs, save_pretrained writes, from_pretrained reads back, bit-equal."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -13,7 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 import hf_sparse24
 from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, sparsity_report, unpack_
 from hf_sparse24.pattern import find_violations, prune_2to4
-from tests.families import FAMILIES, build
+from hf_sparse24.selection import select
+from tests.families import FAMILIES, build, inputs
 
 QUANTIZATIONS = [None, "int8", "fp8"]
 
@@ -53,6 +55,8 @@ def test_load_save_load_save_is_bit_equal(tiny_llama_folder, tmp_path, magnitude
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_every_family_survives_the_round_trip(family, quantization, tmp_path, magnitude):
+    if (family, quantization) == ("t5", "fp8"):
+        pytest.skip("T5 casts to the dtype of a weight: refused, see TestRefused")
     dense = build(family)
     dense.save_pretrained(tmp_path / "dense")
     model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=magnitude(quantization=quantization))
@@ -62,8 +66,24 @@ def test_every_family_survives_the_round_trip(family, quantization, tmp_path, ma
     again.save_pretrained(tmp_path / "two")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     packed = [name for name, module in again.named_modules() if isinstance(module, Sparse24Linear)]
-    assert len(packed) == len([row for row in sparsity_report(again).rows if row.state == "packed"]) > 0
-    assert sparsity_report(again).totals["violating_groups"] == 0
+    linear = [target for target in select(dense).targets if not target.is_expert_stack]
+    assert packed == [target.module_name for target in linear]
+    states = {row.name: row.state for row in sparsity_report(again).rows}
+    assert {name for name, state in states.items() if state != "dense"} == {t.name for t in select(dense).targets}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_output_equals_dense_masked_output(family, magnitude):
+    masked = build(family)
+    prune_(masked, magnitude())
+    packed = copy.deepcopy(masked)
+    pack_(packed)
+    with torch.no_grad():
+        expected, found = masked(**inputs(family)), packed(**inputs(family))
+    # Conv1D's addmm sums in another order than matmul; all others run the same torch call.
+    tolerance = 1e-5 if family == "gpt2" else 0.0
+    assert expected.keys() == found.keys()
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "dinov2_swiglu", "bert"])
@@ -80,8 +100,8 @@ def test_dense_masked_is_an_ordinary_model(family, tmp_path, magnitude):
     model.save_pretrained(tmp_path / "masked")
     assert "quantization_config" not in config_of(tmp_path / "masked")
     assert_same_model(model, type(dense).from_pretrained(tmp_path / "masked"))
-    assert sparsity_report(model).totals["violating_groups"] == 0
-    assert {row.state for row in sparsity_report(model).rows if row.role} >= {"pruned"}
+    pruned = {row.name for row in sparsity_report(model).rows if row.state == "pruned"}
+    assert pruned == {target.name for target in select(dense).targets}
 
 
 def test_weights_are_those_of_pruning_each_matrix(tiny_llama, tiny_llama_folder, magnitude):
@@ -170,7 +190,7 @@ def test_a_device_map_over_a_gpu_and_the_cpu(tiny_llama_folder, tmp_path, magnit
     # float32 on two devices, sums in another order; 8-bit rounding may turn over at a boundary.
     tolerance = 1e-5 if quantization is None else 5e-2
     torch.testing.assert_close(placed(tokens).logits.cpu(), on_cpu(tokens).logits, rtol=tolerance, atol=tolerance)
-    with pytest.raises(ValueError, match="is offloaded and cannot be pruned"):
+    with pytest.raises(ValueError, match="is offloaded or on the meta device"):
         LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(), device_map=split)
 
 
@@ -257,12 +277,6 @@ def test_generate(tiny_llama_folder, tmp_path, magnitude, tokens):
     assert model.generate(tokens, **settings).shape == (2, 14)
 
 
-def test_packed_output_equals_dense_masked_output(tiny_llama_folder, magnitude, tokens):
-    masked = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False))
-    packed = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
-    assert torch.equal(masked(tokens).logits, packed(tokens).logits)
-
-
 class TestRefused:
     def test_disk_offload(self, tiny_llama_folder, magnitude):
         for device_map in ({"": "disk"}, {"model.layers.0": "cpu", "": "disk"}):
@@ -310,6 +324,63 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"groups of model\.layers\.0\.self_attn\.q_proj hold more than two"):
             pack_(tiny_llama)
         assert tiny_llama.state_dict().keys() == before
+
+    def test_t5_in_fp8(self, magnitude):
+        model = build("t5")
+        prune_(model, magnitude())
+        with pytest.raises(ValueError, match=r"casts inputs to the dtype of \['wo'\]"):
+            pack_(model, "fp8")
+        assert not any(isinstance(module, Sparse24Linear) for module in model.modules())
+
+    def test_pruning_or_packing_a_model_with_packed_layers(self, tiny_llama, magnitude):
+        prune_(tiny_llama, magnitude(target_modules=["down_proj"]))
+        pack_(tiny_llama)
+        for again in (lambda: prune_(tiny_llama, magnitude()), lambda: pack_(tiny_llama)):
+            with pytest.raises(ValueError, match="has 2 packed 2:4 layers already"):
+                again()
+        assert tiny_llama.config.quantization_config.target_modules == ["down_proj"]
+
+    def test_packing_what_is_not_finite_changes_nothing(self, tiny_llama, magnitude):
+        prune_(tiny_llama, magnitude())
+        weight = tiny_llama.model.layers[1].mlp.down_proj.weight.data
+        weight[0, weight[0].nonzero()[0]] = float("inf")
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj holds 1 NaN or infinite"):
+            pack_(tiny_llama)
+        assert not any(isinstance(module, Sparse24Linear) for module in tiny_llama.modules())
+
+    def test_packing_layers_that_share_a_weight(self, tiny_llama, magnitude):
+        layers = tiny_llama.model.layers
+        layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+        prune_(tiny_llama, magnitude())
+        with pytest.raises(ValueError, match="share one weight, and tied layers cannot be packed yet"):
+            pack_(tiny_llama)
+
+    def test_unpacking_a_single_layer(self):
+        with pytest.raises(ValueError, match="call its to_linear"):
+            unpack_(Sparse24Linear(8, 8))
+
+    def test_a_model_without_values(self, tiny_llama, magnitude):
+        model = tiny_llama.to("meta")
+        for call in (sparsity_report, pack_, lambda model: prune_(model, magnitude())):
+            with pytest.raises(ValueError, match="is offloaded or on the meta device"):
+                call(model)
+
+    def test_a_truncated_file(self, tiny_llama_folder, tmp_path, magnitude):
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+        model.save_pretrained(tmp_path / "packed")
+        file = tmp_path / "packed" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match="is no complete safetensors file"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+
+    def test_half_a_weight_in_a_dense_layer(self, tiny_llama_folder, tmp_path, magnitude):
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+        model.save_pretrained(tmp_path / "packed")
+        config = config_of(tmp_path / "packed")
+        config["quantization_config"]["roles"].remove("up")
+        (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+        with pytest.raises((ValueError, RuntimeError), match=r"mismatched_sizes|belongs to no packed layer"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "packed")
 
     def test_unpacking_a_dense_model(self, tiny_llama):
         with pytest.raises(ValueError, match="no packed 2:4 layer"):
@@ -483,5 +554,48 @@ def test_a_record_whose_weights_are_dense_again_is_pruned_again(tiny_llama_folde
 def test_offloaded_layers_are_not_unpacked_to_nothing(tiny_llama, magnitude):
     prune_(tiny_llama, magnitude())
     pack_(tiny_llama)
-    with pytest.raises(ValueError, match="offloaded cannot be unpacked"):
+    with pytest.raises(ValueError, match="q_proj is offloaded or on the meta device"):
         unpack_(tiny_llama.to("meta"))
+
+
+def test_the_callers_state_dict_is_not_written_to(tiny_llama, magnitude):
+    state = {key: value.clone() for key, value in tiny_llama.state_dict().items()}
+    before = {key: value.clone() for key, value in state.items()}
+    config = tiny_llama.config
+    model = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, quantization_config=magnitude())
+    assert sparsity_report(model).totals["matrices_2to4"] == 14
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+
+def test_other_modules_than_recorded_are_recorded_anew(tiny_llama_folder, tmp_path, magnitude):
+    LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(pack=False)).save_pretrained(
+        tmp_path / "masked"
+    )
+    half = LlamaForCausalLM.from_pretrained(
+        tmp_path / "masked", quantization_config=Sparse24Config(modules_to_not_convert=["layers.0"])
+    )
+    half.save_pretrained(tmp_path / "half")
+    assert_same_model(half, LlamaForCausalLM.from_pretrained(tmp_path / "half"))
+
+
+@pytest.mark.parametrize("form", ["packed", "unpacked"])
+def test_transformers_does_not_initialize_our_layers_anew(tiny_llama, magnitude, form):
+    prune_(tiny_llama, magnitude())
+    pack_(tiny_llama)
+    if form == "unpacked":
+        unpack_(tiny_llama)
+    before = {key: value.clone() for key, value in tiny_llama.state_dict().items() if "_proj" in key}
+    tiny_llama.init_weights()
+    assert all(torch.equal(tiny_llama.state_dict()[key], value) for key, value in before.items())
+
+
+def test_unpacking_restores_the_names_of_the_checkpoint(tmp_path, magnitude):
+    model = build("dinov2_swiglu")
+    prune_(model, magnitude())
+    model.save_pretrained(tmp_path / "masked")
+    masked = type(model).from_pretrained(tmp_path / "masked")
+    packed = type(model).from_pretrained(tmp_path / "masked", quantization_config=Sparse24Config())
+    unpack_(packed)
+    for name, ordinary in (("one", masked), ("two", packed)):
+        ordinary.save_pretrained(tmp_path / name)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")

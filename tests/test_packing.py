@@ -116,6 +116,13 @@ def test_packing_with_quantization_equals_quantizing_first(quantization):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+def test_values_that_underflow_when_unpacked_become_positive_zero(quantization):
+    packed = pack_weight(torch.full((1, 4), -1e-8) * torch.tensor([1.0, 0, 1, 0]), quantization)
+    unpacked = unpack_weight(packed, torch.float16)
+    assert unpacked.view(torch.int16).tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_argument_is_not_written_to(quantization, dtype):
     weight = sparse(8, 20, dtype)

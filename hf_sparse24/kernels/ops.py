@@ -4,7 +4,7 @@ Shapes: `input` (..., K); `weight` (N, K/2) and `weight_indices` (N, ceil(K/8)) 
 `weight_scale` (N,) float32 exactly when `weight` is int8 or float8_e4m3fn; `bias` (N,) in the dtype of `input`.
 
 - `linear`: input @ weight.T + bias in the dtype of `input`. With 8-bit weights the input is quantized per token on the
-  way (W8A8). Differentiable in `input`; 8-bit rounding passes gradients straight through.
+  way (W8A8). Differentiable in `input` and `bias`; 8-bit rounding passes gradients straight through.
 - `quantize_per_token`: symmetric dynamic quantization of each row; scale (..., 1) float32.
 - `scaled_linear`: the W8A8 product of an input that `quantize_per_token` made, for siblings that share one.
 

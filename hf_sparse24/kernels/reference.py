@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 class _Unpacked(NamedTuple):
     state: tuple[int | torch.dtype, ...]
+    storages: tuple[torch.UntypedStorage, ...]  # kept, so that no other tensor can get their addresses
     dense: Tensor
 
 
@@ -46,6 +47,7 @@ def linear(
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return `input` (..., K) in int8 or float8_e4m3fn and its scale (..., 1) in float32."""
+    input = input.contiguous()
     scale = absmax_scale(input, dtype)
     return round_to(input.float() / scale, dtype), scale
 
@@ -86,19 +88,21 @@ def _cpu_sums_int8_exactly() -> bool:
 
 
 def unpacked_once(weight: Tensor, weight_indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the dense (N, K) form of packed values in `dtype`, from memory when neither tensor was written to."""
-    state = (dtype, weight.data_ptr(), _version(weight), weight_indices.data_ptr(), _version(weight_indices))
+    """Return the dense (N, K) form of packed values in `dtype`, from memory when neither tensor was written to.
+
+    Writes are seen by torch's count of them; what writes through `.data` is not counted. Tensors made in inference
+    mode have no count, and are unpacked at every call.
+    """
+    _say_once(weight.device.type)
+    if weight.is_inference() or weight_indices.is_inference():  # these do not count writes
+        return scatter_values(weight, weight_indices).to(dtype)
+    state = (dtype, weight.data_ptr(), weight._version, weight_indices.data_ptr(), weight_indices._version)
     known = _UNPACKED.get(weight)
     if known is None or known.state != state:
-        _say_once(weight.device.type)
-        known = _Unpacked(state, scatter_values(weight.detach(), weight_indices.detach()).to(dtype))
+        storages = (weight.untyped_storage(), weight_indices.untyped_storage())
+        known = _Unpacked(state, storages, scatter_values(weight.detach(), weight_indices.detach()).to(dtype))
         _UNPACKED[weight] = known
     return known.dense
-
-
-def _version(tensor: Tensor) -> int:
-    """Count in-place writes; inference tensors keep no count and cannot be written to outside inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _say_once(device_type: str) -> None:
@@ -115,12 +119,15 @@ def _remember_operands(ctx, inputs, output) -> None:  # noqa: ANN001
 
 
 def _input_gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
-    """The packed weight is frozen: only the input has a gradient, through the dequantized weight."""
+    """The packed weight is frozen: the input has a gradient, through the dequantized weight, and the bias."""
     weight, weight_indices, weight_scale = ctx.saved_tensors
+    bias_gradient = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] and grad.ndim > 1 else grad
+    if not ctx.needs_input_grad[0]:
+        return None, None, None, None, bias_gradient
     dense = scatter_values(weight, weight_indices).to(grad.dtype)
     if weight_scale is not None:
         dense = dense * weight_scale.unsqueeze(-1).to(grad.dtype)
-    return grad @ dense, None, None, None, None
+    return grad @ dense, None, None, None, bias_gradient if ctx.needs_input_grad[4] else None
 
 
 for _operator in (linear, quantize_per_token, scaled_linear):

@@ -17,11 +17,12 @@ from hf_sparse24.packing import (
     QUANTIZED_DTYPES,
     PackedWeight,
     check_packed,
+    check_value_dtype,
     indices_width,
     pack_weight,
     unpack_weight,
 )
-from hf_sparse24.pattern import check_finite, check_in_features
+from hf_sparse24.pattern import bits_of, check_finite, check_in_features, check_present
 
 
 class Sparse24Linear(nn.Linear):
@@ -60,9 +61,9 @@ class Sparse24Linear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.quantization = quantization
         self.backend = resolve_backend(backend)
-        self.dense_dtype = dtype or torch.get_default_dtype()
+        self._model_dtype = dtype or torch.get_default_dtype()
         self.source_class: type[nn.Module] = nn.Linear
-        value_dtype = QUANTIZED_DTYPES[quantization] if quantization else self.dense_dtype
+        value_dtype = QUANTIZED_DTYPES[quantization] if quantization else self._model_dtype
         self.weight = _frozen(torch.empty(out_features, in_features // 2, dtype=value_dtype, device=device))
         self.weight_indices = _frozen(
             torch.empty(out_features, indices_width(in_features), dtype=torch.uint8, device=device)
@@ -71,7 +72,7 @@ class Sparse24Linear(nn.Linear):
         self.weight_scale = None if scale is None else _frozen(scale)
         self.register_parameter("bias", None)
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.dense_dtype, device=device))
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=self._model_dtype, device=device))
 
     @classmethod
     def like(
@@ -114,12 +115,13 @@ class Sparse24Linear(nn.Linear):
         """
         _check_linear(linear)
         weight = dense_weight(linear)
+        check_present(weight, name)
         check_finite(weight, name)
         packed = pack_weight(weight, quantization, name)
         result = cls.like(linear, quantization, backend, device="meta")
-        result.weight = _frozen(packed.weight)
-        result.weight_indices = _frozen(packed.weight_indices)
-        result.weight_scale = None if packed.weight_scale is None else _frozen(packed.weight_scale)
+        result.weight = _initialized(_frozen(packed.weight))
+        result.weight_indices = _initialized(_frozen(packed.weight_indices))
+        result.weight_scale = None if packed.weight_scale is None else _initialized(_frozen(packed.weight_scale))
         if linear.bias is not None:
             result.bias = linear.bias
         return result
@@ -130,13 +132,18 @@ class Sparse24Linear(nn.Linear):
         if self.source_class is Conv1D:
             with torch.device("meta"):
                 dense: nn.Module = Conv1D(self.out_features, self.in_features)
-            dense.weight = nn.Parameter(weight.t().contiguous())
+            dense.weight = _initialized(nn.Parameter(weight.t().contiguous()))
         else:
             dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-            dense.weight = nn.Parameter(weight)
+            dense.weight = _initialized(nn.Parameter(weight))
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach())
+            dense.bias = _initialized(nn.Parameter(self.bias.detach()))
         return dense.train(self.training)
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype of the dense weight: that of the values, or with 8 bits that of the model."""
+        return self.weight.dtype if self.quantization is None else self._model_dtype
 
     @property
     def packed(self) -> PackedWeight:
@@ -168,17 +175,18 @@ class Sparse24Linear(nn.Linear):
         return f"{super().extra_repr()}, quantization={self.quantization}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sparse24Linear":
-        """Move, but never cast, 8-bit values and their scales: `.to(dtype)` sees them as integers."""
-        if self.quantization is None:
-            super()._apply(fn, recurse)
-        else:
-            weight, scale = self.weight, self.weight_scale
-            self.weight = _frozen(weight.data.view(torch.int8))
-            self.weight_scale = _frozen(scale.data.view(torch.int32))
-            super()._apply(fn, recurse)
-            self.weight = _frozen(self.weight.data.view(weight.dtype))
-            self.weight_scale = _frozen(self.weight_scale.data.view(torch.float32))
-        self.dense_dtype = fn(torch.empty(0, dtype=self.dense_dtype, device=self.weight.device)).dtype
+        """Move, but never cast, 8-bit values and their scales: `.to(dtype)` sees their bits."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            if self.quantization is not None and (tensor is self.weight or tensor is self.weight_scale):
+                return fn(bits_of(tensor)).view(tensor.dtype)
+            result = fn(tensor)
+            if tensor is self.weight:
+                check_value_dtype(result.dtype, "what this layer is cast to")
+            return result
+
+        super()._apply(moved, recurse)
+        self._model_dtype = fn(torch.empty(0, dtype=self._model_dtype, device=self.weight.device)).dtype
         return self
 
 
@@ -195,3 +203,9 @@ def _check_linear(linear: nn.Module) -> None:
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def _initialized(parameter: nn.Parameter) -> nn.Parameter:
+    """Tell transformers' weight initialization, which knows nn.Linear, that this one has its values."""
+    parameter._is_hf_initialized = True
+    return parameter

@@ -43,7 +43,8 @@ def test_linear_keeps_the_contract_of_operators(quantization, shape, with_bias, 
 def test_the_quantized_operators_keep_the_contract(quantization, device):
     packed = operands(quantization=quantization, device=device)
     dtype = packed.weight.dtype
-    torch.library.opcheck(ops.quantize_per_token.default, (torch.randn(3, 40, device=device), dtype))
+    for x in (torch.randn(3, 40, device=device), torch.randn(3, 40, 5, device=device).transpose(1, 2)):
+        torch.library.opcheck(ops.quantize_per_token.default, (x, dtype))
     values, scale = quantize_per_token(torch.randn(3, 40, device=device), dtype)
     arguments = (values, scale, *packed, None, torch.bfloat16)
     torch.library.opcheck(ops.scaled_linear.default, arguments, test_utils=opchecks(quantization))
@@ -118,13 +119,17 @@ def test_no_tokens_give_no_tokens(quantization, shape):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
-def test_the_gradient_reaches_the_input_through_the_dequantized_weight(quantization):
+def test_gradients_reach_the_input_through_the_dequantized_weight_and_the_bias(quantization):
     packed = operands(quantization=quantization)
-    x = torch.randn(3, 40, requires_grad=True)
-    output_gradient = torch.randn(3, 24)
-    (ops.linear(x, *packed, None) * output_gradient).sum().backward()
-    # Two float32 products over N = 24 terms.
-    torch.testing.assert_close(x.grad, output_gradient @ unpack_weight(packed), rtol=1e-5, atol=1e-5)
+    output_gradient = torch.randn(2, 3, 24)
+    for needed in ((True, True), (True, False), (False, True)):
+        x, bias = torch.randn(2, 3, 40, requires_grad=needed[0]), torch.randn(24, requires_grad=needed[1])
+        (ops.linear(x, *packed, bias) * output_gradient).sum().backward()
+        expected = (output_gradient @ unpack_weight(packed), output_gradient.sum((0, 1)))
+        for tensor, gradient, is_needed in zip((x, bias), expected, needed, strict=True):
+            # Two float32 products over N = 24 terms.
+            if is_needed:
+                torch.testing.assert_close(tensor.grad, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_wrong_operands_are_refused():
@@ -161,8 +166,19 @@ class TestUnpackedOnce:
         gc.collect()
         assert len(reference._UNPACKED) == before - 1
 
-    def test_inference_tensors_work(self):
+    def test_inference_tensors_are_never_stale(self):
         with torch.inference_mode():
-            packed = operands()
-            first = ops.linear(torch.ones(1, 40), *packed, None)
-            assert torch.equal(ops.linear(torch.ones(1, 40), *packed, None), first)
+            packed, other = operands(), operands()
+            ops.linear(torch.ones(1, 40), *packed, None)
+            packed.weight.copy_(other.weight)
+            packed.weight_indices.copy_(other.weight_indices)
+            assert torch.equal(
+                ops.linear(torch.ones(1, 40), *packed, None), ops.linear(torch.ones(1, 40), *other, None)
+            )
+
+    def test_new_memory_at_an_old_address_is_not_mistaken_for_the_old(self):
+        packed = operands()
+        for _ in range(20):
+            packed.weight.data = torch.randn_like(packed.weight)
+            expected = torch.nn.functional.linear(torch.ones(1, 40), unpack_weight(packed))
+            assert torch.equal(ops.linear(torch.ones(1, 40), *packed, None), expected)

@@ -108,6 +108,29 @@ def test_a_cast_of_unquantized_values_is_a_cast():
     assert layer.weight_indices.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_move_that_fails_leaves_the_layer_as_it_was(quantization):
+    layer = Sparse24Linear.from_linear(pruned_linear(), quantization)
+    before, x = state_bits(layer), torch.randn(3, 40)
+    expected = layer(x)
+
+    def fail(tensor):
+        if tensor.numel() == layer.weight_indices.numel():
+            raise RuntimeError("out of memory")
+        return tensor.clone()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer._apply(fail)
+    after = state_bits(layer)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_cast_to_what_format_1_does_not_store_is_refused():
+    with pytest.raises(ValueError, match="what this layer is cast to is float64"):
+        Sparse24Linear.from_linear(pruned_linear()).to(torch.float64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_moving_to_a_gpu_and_back(quantization):
