@@ -114,6 +114,9 @@ def _finish_reading(model: PreTrainedModel) -> None:
             tensor = getattr(module, key)
             if tensor is not None:
                 tensor.requires_grad_(False)
+                if tensor.is_inference():  # loaded in inference mode: could not be unpacked once
+                    with torch.inference_mode(False):
+                        setattr(module, key, torch.nn.Parameter(tensor.clone(), requires_grad=False))
         if module.quantization and module.weight.dtype != QUANTIZED_DTYPES[module.quantization]:
             # Before 5.21 the loader widens FP8 to the dtype of the model, which loses nothing.
             values = module.weight.data.to(QUANTIZED_DTYPES[module.quantization])

@@ -599,3 +599,15 @@ def test_unpacking_restores_the_names_of_the_checkpoint(tmp_path, magnitude):
     for name, ordinary in (("one", masked), ("two", packed)):
         ordinary.save_pretrained(tmp_path / name)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
+
+
+def test_a_model_that_is_made_in_inference_mode_is_unpacked_once(tiny_llama_folder, tmp_path, magnitude, tokens):
+    with torch.inference_mode():
+        made = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude(quantization="int8"))
+        made.save_pretrained(tmp_path / "packed")
+        read = LlamaForCausalLM.from_pretrained(tmp_path / "packed")
+        assert torch.equal(made(tokens).logits, read(tokens).logits)
+    for model in (made, read):
+        for module in model.modules():
+            if isinstance(module, Sparse24Linear):
+                assert not any(tensor.is_inference() for tensor in module.packed)

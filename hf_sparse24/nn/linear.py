@@ -117,11 +117,12 @@ class Sparse24Linear(nn.Linear):
         weight = dense_weight(linear)
         check_present(weight, name)
         check_finite(weight, name)
-        packed = pack_weight(weight, quantization, name)
-        result = cls.like(linear, quantization, backend, device="meta")
-        result.weight = _initialized(_frozen(packed.weight))
-        result.weight_indices = _initialized(_frozen(packed.weight_indices))
-        result.weight_scale = None if packed.weight_scale is None else _initialized(_frozen(packed.weight_scale))
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be unpacked once
+            packed = pack_weight(weight, quantization, name)
+            result = cls.like(linear, quantization, backend, device="meta")
+            result.weight = _initialized(_frozen(packed.weight))
+            result.weight_indices = _initialized(_frozen(packed.weight_indices))
+            result.weight_scale = None if packed.weight_scale is None else _initialized(_frozen(packed.weight_scale))
         if linear.bias is not None:
             result.bias = linear.bias
         return result
