@@ -6,10 +6,10 @@ of `nn.Linear.weight` (out, in) and of most fused experts (expert, out, in); it 
 for transposed experts (expert, in, out).
 
 Everything here works on blocks of rows that fit a core's cache: on a CPU that is eight times as fast as `topk`.
-Only `apply_mask_` writes to its argument, and nothing makes a -0.0.
+Only `apply_mask_` and `prune_into` write to an argument, and nothing makes a -0.0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 
 GROUP_SIZE = 4
 
-_BLOCK_ELEMENTS = 1 << 20
+# A core's cache wants small blocks; a GPU large launches, but no second model in memory.
+_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS_GPU = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,22 @@ def prune_2to4(weight: Tensor, scores: Tensor | None = None, dim: int = -1) -> T
         dim (`int`): the input dimension.
     """
     return apply_mask_(weight.clone(), mask_2to4(_comparable(weight).abs() if scores is None else scores, dim))
+
+
+def prune_into(target: Tensor, weight: Tensor, saliency: Callable[[Tensor], Tensor], dim: int = -1) -> None:
+    """Write a 2:4 copy of `weight` into `target`, which may be `weight` itself, a block of rows at a time.
+
+    Nothing of the size of the weight is allocated, and a block stays in the cache for all that is done to it.
+
+    Args:
+        target (`Tensor`): the shape and dtype of `weight`.
+        weight (`Tensor`): 2-D or 3-D, any floating dtype.
+        saliency (`Callable`): from a block of whole rows (rows, K) to scores of that shape.
+        dim (`int`): the input dimension.
+    """
+    for source, written in zip(_row_blocks(weight, dim), _row_blocks(target, dim), strict=True):
+        mask = mask_2to4(saliency(source))
+        bits_of(written).copy_(keep_bits(positive_zero_bits(source), mask))
 
 
 def find_violations(weight: Tensor, dim: int = -1) -> Violations:
@@ -237,9 +255,8 @@ def _comparable(tensor: Tensor) -> Tensor:
 
 
 def _row_blocks(tensor: Tensor, dim: int) -> Iterator[Tensor]:
-    """Yield views of whole rows, with `dim` moved last, of about a million elements each on a CPU."""
+    """Yield views of some whole rows each, with `dim` moved last."""
     rows = tensor.movedim(dim, -1) if tensor.ndim > 1 else tensor[None]
     for matrix in rows if rows.ndim > 2 else (rows,):
-        # A GPU wants few large launches, a CPU core wants its cache.
-        elements = _BLOCK_ELEMENTS if tensor.device.type == "cpu" else tensor.numel()
+        elements = _BLOCK_ELEMENTS if tensor.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
         yield from matrix.split(max(1, elements // max(matrix.shape[-1], 1)))

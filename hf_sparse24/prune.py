@@ -10,7 +10,7 @@ from hf_sparse24.config import Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense, record_of
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pattern import apply_mask_, check_finite, check_present, find_violations, mask_2to4
+from hf_sparse24.pattern import check_finite, check_present, find_violations, prune_into
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.version import __version__
@@ -24,8 +24,8 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     The config of the model gets a `sparse24` record of what was done.
 
-    One tensor at a time: the peak is the model, and the scores, the mask and a copy of one matrix. (Weights that are
-    mapped from a file count twice until the last of them is replaced: the file's pages stay, as cache.)
+    One matrix at a time: the peak is the model and at most one copy of a matrix. (Weights that are mapped from a file
+    count twice until the last of them is replaced: the file's pages stay, as cache.)
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -126,7 +126,8 @@ def _prune_target_(module: nn.Module, target: Target, method: str, in_place: boo
     check_present(parameter, target.name)
     check_finite(parameter, target.name)
     weight = parameter.data
-    mask = mask_2to4(SALIENCY[method](weight), target.dim)
     # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory
     # that torch does not own and cannot resize) would be copied page by page, which costs more still.
-    parameter.data = apply_mask_(weight if in_place and weight.untyped_storage().resizable() else weight.clone(), mask)
+    pruned = weight if in_place and weight.untyped_storage().resizable() else torch.empty_like(weight)
+    prune_into(pruned, weight, SALIENCY[method], target.dim)
+    parameter.data = pruned

@@ -427,7 +427,7 @@ WITHOUT_PACKAGE = """
 import sys, warnings, logging
 sys.modules["hf_sparse24"] = None  # importing it fails
 from transformers import AutoModelForCausalLM
-warnings.simplefilter("error")
+warnings.simplefilter("error", UserWarning)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print("loaded", type(model).__name__)
 """
@@ -455,7 +455,8 @@ def test_without_the_package_a_dense_masked_checkpoint_loads_without_a_warning(t
     masked, dense = run_without_package(tmp_path / "masked"), run_without_package(tiny_llama_folder)
     assert masked.stdout == dense.stdout == "loaded LlamaForCausalLM\n"
     for word in ("sparse24", "warn", "quantiz", "unexpected", "missing"):
-        assert word not in masked.stderr.lower()
+        # Other packages may print such words, and paths that hold them, for any model.
+        assert masked.stderr.lower().count(word) == dense.stderr.lower().count(word), word
 
 
 def test_registration_can_be_repeated():

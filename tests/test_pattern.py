@@ -14,6 +14,7 @@ from hf_sparse24.pattern import (
     is_nonzero,
     mask_2to4,
     prune_2to4,
+    prune_into,
 )
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -133,6 +134,18 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, dtype):
 def test_a_sum_that_overflows_is_not_taken_for_an_infinite_weight():
     check_finite(torch.full((4, 8), 3e38), "w")
     check_finite(torch.full((4, 8), 6e4, dtype=torch.float16), "w")
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_pruning_into_a_target_equals_pruning(dim, in_place, monkeypatch):
+    weight = torch.randn(3, 8, 12)
+    expected, before = prune_2to4(weight, dim=dim), weight.clone()
+    monkeypatch.setattr("hf_sparse24.pattern._BLOCK_ELEMENTS", 30)
+    target = weight if in_place else torch.empty_like(weight)
+    prune_into(target, weight, torch.abs, dim)
+    assert torch.equal(target, expected)
+    assert in_place or torch.equal(weight, before)
 
 
 def test_mask_can_be_applied_alone():
