@@ -1,11 +1,18 @@
 """Fixtures: devices with the reason a test is skipped, tiny models, and a quiet transformers."""
 
+import os
+
 import pytest
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse24 import Sparse24Config
+
+
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # workers that each take every core wait for each other
 
 
 def pytest_collection_modifyitems(items):
