@@ -2,7 +2,8 @@
 
 The rule: inside a numbered layer (`.N.` in the module path), every attention and feed-forward projection by its
 *role*; never embeddings, heads, poolers, routers, or anything outside the numbered layers. Decisions rest on
-module types and the last parts of a module's name, never on stored full names: transformers renames modules between versions.
+module types and the last parts of a module's name, never on stored full names: transformers renames
+modules between versions.
 
 What is left out is data as well: every matrix of the model is either a `Target` or a `Skipped` with a reason.
 """
