@@ -1,0 +1,269 @@
+"""The numbered blocks of a transformer, walked one at a time with all calibration batches side by side.
+
+A *chain* is a run of blocks in which each reads what the one before wrote: the layers of a decoder, of an encoder. Its
+inputs are caught once; from there on a `Stream` holds the hidden states of every batch at one depth and moves block by
+block, so that no block but the current one need be on the device. What a block is given beside its hidden states
+(masks, position embeddings, the encoder's output) is caught with them.
+
+Where a model does something between two blocks (an encoder's end, a convolution, a stage of a pyramid) a new chain
+begins, and its inputs are caught from the model as pruned so far. Nothing is assumed of the architecture otherwise.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Cache
+
+Batch = dict[str, Any]
+
+
+class StopForward(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass whose remainder is not needed."""
+
+
+class BlockCall(NamedTuple):
+    """What a block is given beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """The hidden states of every batch at one depth of the model.
+
+    Attributes:
+        hidden (`list[Tensor]`): one a batch, (batch, tokens, features).
+    """
+
+    def __init__(self, hidden: list[Tensor], calls: list[dict[str, BlockCall]], batches: Sequence[Batch]) -> None:
+        self.hidden = hidden
+        self._calls = calls
+        self._batches = batches
+
+    def copy(self) -> "Stream":
+        """Return a stream that moves on its own from here."""
+        return Stream(list(self.hidden), self._calls, self._batches)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def run(self, block: nn.Module, name: str, index: int) -> Tensor:
+        """Run a block on one batch and return its hidden states, on the block's device."""
+        device = next(block.parameters()).device
+        call = self._calls[index][name]
+        hidden, args, kwargs = send_to_device((self.hidden[index], call.args, call.kwargs), device)
+        return hidden_of(block(hidden, *args, **kwargs))
+
+    def outputs(self, block: nn.Module, name: str) -> list[Tensor]:
+        """Return the block's hidden states for every batch, kept where those of the stream are."""
+        return [self.run(block, name, index).to(hidden.device) for index, hidden in enumerate(self.hidden)]
+
+    def kept_tokens(self, name: str, index: int, shape: torch.Size) -> Tensor | None:
+        """Return a bool mask (batch, tokens), False for padding, for a tensor (batch, tokens, ...) in a block.
+
+        None where the batch has no mask of that shape. Inside a decoder the decoder's mask comes first.
+        """
+        keys = ["attention_mask", "decoder_attention_mask"]
+        if "encoder_hidden_states" in self._calls[index][name].kwargs:
+            keys.reverse()
+        for key in keys:
+            mask = self._batches[index].get(key)
+            if mask is not None and mask.shape == shape[:2]:
+                return mask.bool()
+        return None
+
+
+def block_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the numbered blocks that hold the targets, and their siblings, in the order of the modules.
+
+    Raises:
+        `ValueError`: a target is in no numbered block.
+    """
+    stacks = set()
+    for target in targets:
+        block = block_of(target)
+        if block is None:
+            raise ValueError(
+                f"Calibrated methods walk the numbered layers of a model; {target} is in none. "
+                f"Leave it out of target_modules, or use method='magnitude'."
+            )
+        stacks.add(block.rpartition(".")[0])
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if name.rpartition(".")[0] in stacks and name.rpartition(".")[2].isdecimal()]
+
+
+def block_of(name: str) -> str | None:
+    """Return the numbered block that a module is in.
+
+    ```python
+    >>> block_of("model.layers.3.mlp.experts.0.w1")
+    'model.layers.3'
+
+    ```
+    """
+    match = re.match(r"(?:(?:.*?)\.)?\d+(?=\.)", name)
+    return match.group(0) if match else None
+
+
+def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[list[str]]:
+    """Run one batch and return the blocks in the order of their calls, cut into chains.
+
+    Raises:
+        `ValueError`: a block is never called, or more than once.
+    """
+    chains: list[list[str]] = []
+    written: Tensor | None = None
+
+    def entered(name: str, hidden: Tensor, call: BlockCall) -> None:
+        if any(name in chain for chain in chains):
+            raise ValueError(
+                f"{name} is called more than once in a forward pass: its weights are shared between layers, which no "
+                "calibrated method here can walk. Use method='magnitude'."
+            )
+        follows = written is not None and hidden.shape == written.shape and torch.equal(hidden, written)
+        chains[-1].append(name) if follows else chains.append([name])
+
+    def left(name: str, output: Any) -> None:
+        nonlocal written
+        written = hidden_of(output)
+
+    with _hooked(model, names, entered, left):
+        _forward(model, batch)
+    missing = [name for name in names if not any(name in chain for chain in chains)]
+    if missing:
+        raise ValueError(
+            f"The calibration inputs do not reach {missing[0]} ({len(missing)} of {len(names)} layers). "
+            "Give inputs that use the whole model, or keep those layers dense with modules_to_not_convert."
+        )
+    return chains
+
+
+def record(
+    model: nn.Module, batches: Sequence[Batch], chains: Sequence[list[str]], device: torch.device | None = None
+) -> list[Stream]:
+    """Run all batches and return a stream at the start of each of the chains.
+
+    Args:
+        model (`nn.Module`): as pruned so far.
+        batches (`Sequence[dict]`): model inputs.
+        chains (`Sequence[list[str]]`): some of the model's chains, in order.
+        device (`torch.device`, *optional*): where each block runs in its turn, when the model lives elsewhere.
+    """
+    first = {chain[0]: number for number, chain in enumerate(chains)}
+    names = [name for chain in chains for name in chain]
+    hidden: list[list[Tensor]] = [[] for _ in chains]
+    calls: list[dict[str, BlockCall]] = []
+
+    def entered(name: str, states: Tensor, call: BlockCall) -> None:
+        calls[-1][name] = call
+        if name in first:
+            hidden[first[name]].append(states)
+
+    def left(name: str, output: Any) -> None:
+        if name == names[-1]:
+            raise StopForward
+
+    blocks = [name for name in block_names(model, [f"{name}." for name in names])]
+    with ExitStack() as stack:
+        if device is not None:
+            stack.enter_context(_borrowing(model, blocks, device))
+        stack.enter_context(_hooked(model, names, entered, left))
+        for batch in batches:
+            calls.append({})
+            _forward(model, batch)
+    return [Stream(states, calls, batches) for states in hidden]
+
+
+def hidden_of(output: Any) -> Tensor:
+    """Return the hidden states of a block's output, which may be a tuple that begins with them."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@contextmanager
+def borrowed(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Hold a copy of a block's tensors on a device; what is written to them there is forgotten."""
+    tensors = [*block.parameters(), *block.buffers()]
+    homes = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, home in zip(tensors, homes, strict=True):
+            tensor.data = home
+
+
+@contextmanager
+def _borrowing(model: nn.Module, names: Sequence[str], device: torch.device) -> Iterator[None]:
+    """While active, each block runs on `device` and everything else where it lives."""
+    handles, guests = [], ExitStack()
+
+    def move_in(block: nn.Module, args: Any, kwargs: Any) -> Any:
+        guests.enter_context(borrowed(block, device))
+        return send_to_device((args, kwargs), device)
+
+    def move_out(block: nn.Module, args: Any, output: Any) -> Any:
+        guests.close()
+        return send_to_device(output, next(block.parameters()).device)
+
+    for name in names:
+        block = model.get_submodule(name)
+        handles.append(block.register_forward_pre_hook(move_in, with_kwargs=True))
+        handles.append(block.register_forward_hook(move_out))
+    try:
+        yield
+    finally:
+        guests.close()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _hooked(model: nn.Module, names: Sequence[str], entered: Any, left: Any) -> Iterator[None]:
+    handles = []
+    for name in names:
+        block = model.get_submodule(name)
+
+        def before(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+            entered(name, *_split_call(args, kwargs))
+
+        def after(block: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            left(name, output)
+
+        handles.append(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(block.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
+    """Separate the hidden states from the rest of a call, and leave out caches, which a second call would fill."""
+    kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    if args:
+        return args[0], BlockCall(tuple(None if isinstance(arg, Cache) else arg for arg in args[1:]), kwargs)
+    key = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    return kwargs.pop(key), BlockCall((), kwargs)
+
+
+def _forward(model: nn.Module, batch: Batch) -> None:
+    """Run the model on one batch, on its own device and in its own dtype, as far as is needed."""
+    parameter = next(model.parameters())
+    inputs = {
+        key: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in send_to_device(dict(batch), parameter.device).items()
+    }
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    try:
+        model(**inputs)
+    except StopForward:
+        return

@@ -1,0 +1,193 @@
+"""What reaches the projections of a block: in which order they run, which of them read the same tensor, and the
+statistics of what they read.
+
+Projections that read one tensor (q, k, v; gate, up) form a group: they share their statistics and are pruned together.
+Groups are pruned in the order in which the block runs them, so that each sees inputs that the earlier ones have made
+with their new weights.
+
+A stack of experts (3-D) is a group of its own with one statistic an expert, over the tokens that the router sends it.
+An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian would
+be singular, and its few tokens chance.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_sparse24.calibration.blocks import StopForward, Stream
+from hf_sparse24.selection import Target
+from hf_sparse24.statistics import InputStatistics
+
+Group = list[Target]
+
+
+def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
+    """Return the targets of a block in groups that read the same tensor, in the order in which they run.
+
+    Raises:
+        `ValueError`: no calibration batch reaches one of them.
+    """
+    missing = {target.name: target for target in targets}
+    groups: list[Group] = []
+    for index in range(len(stream)):
+        by_input: dict[tuple[Any, ...], Group] = {}
+        held = []  # keeps the inputs alive, so that an address means one tensor
+
+        def found(
+            target: Target, inputs: Tensor, expert: int | None = None, by_input: Any = by_input, held: Any = held
+        ) -> None:
+            key = (target.name,) if target.is_expert_stack else (inputs.data_ptr(), inputs.numel(), inputs.dtype)
+            held.append(inputs)
+            if missing.pop(target.name, None) is None:
+                return
+            if key not in by_input:
+                groups.append(by_input.setdefault(key, []))
+            by_input[key].append(target)
+
+        _run_watched(block, name, list(missing.values()), stream, index, found)
+        if not missing:
+            return groups
+    absent = next(iter(missing))
+    raise ValueError(
+        f"No calibration token reached {absent}. Give calibration inputs that use it, or keep it dense with "
+        f"modules_to_not_convert=['{absent.rpartition('.')[2]}']."
+    )
+
+
+def group_statistics(
+    block: nn.Module, name: str, group: Group, stream: Stream, dense: tuple[nn.Module, Stream] | None
+) -> InputStatistics:
+    """Run all batches up to a group and sum the statistics of what it reads.
+
+    Args:
+        block (`nn.Module`): the block as pruned so far.
+        name (`str`): its path in the model.
+        group (`list[Target]`): targets that read the same tensor.
+        stream (`Stream`): the pruned model's hidden states before the block.
+        dense (`tuple`, *optional*): the dense block and the dense model's stream, for asymmetric statistics.
+    """
+    weight = _module(block, name, group[0]).weight
+    in_features = weight.shape[group[0].dim]
+    statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
+    for index in range(len(stream)):
+        inputs = _input_of(block, name, group[0], stream, index)
+        if inputs is None:  # this batch does not use the module
+            continue
+        dense_inputs = None if dense is None else _input_of(dense[0], name, group[0], dense[1], index)
+        kept = stream.kept_tokens(name, index, inputs.shape)
+        if dense_inputs is not None or dense is None:
+            statistics.add(inputs, dense_inputs, None if kept is None else kept.to(inputs.device))
+    statistics.all_reduce_()
+    statistics.check(group[0].name)
+    return statistics
+
+
+def expert_statistics(block: nn.Module, name: str, target: Target, stream: Stream) -> list[InputStatistics]:
+    """Sum the statistics of the tokens routed to each expert of a stack, and complete those that saw too few.
+
+    Only the symmetric form: the router of the dense model may send a token elsewhere.
+    """
+    stack = getattr(_module(block, name, target), target.parameter)
+    in_features = stack.shape[target.dim]
+    statistics = [InputStatistics(in_features, stack.device) for _ in range(len(stack))]
+
+    def found(_: Target, inputs: Tensor, expert: int | None = None) -> None:
+        for number, rows in enumerate(inputs) if expert is None else [(expert, inputs)]:
+            statistics[number].add(rows[rows.any(-1)] if expert is None else rows)
+
+    for index in range(len(stream)):
+        _run_watched(block, name, [target], stream, index, found)
+    for statistic in statistics:
+        statistic.all_reduce_()
+    total = InputStatistics(in_features, stack.device)
+    for statistic in statistics:
+        total.hessian += statistic.hessian
+        total.tokens += statistic.tokens
+    total.check(target.name)
+    for statistic in statistics:
+        lacking = in_features - statistic.tokens
+        if lacking > 0:
+            statistic.hessian.add_(total.hessian, alpha=lacking / total.tokens)
+            statistic.tokens = in_features
+    return statistics
+
+
+def _module(block: nn.Module, name: str, target: Target) -> nn.Module:
+    return block.get_submodule(target.module_name[len(name) + 1 :])
+
+
+def _input_of(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Tensor | None:
+    """Return what a projection reads for one batch, and run no further than it."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        caught.append(_first(args, kwargs))
+        raise StopForward
+
+    handle = _module(block, name, target).register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        stream.run(block, name, index)
+    except StopForward:
+        pass
+    finally:
+        handle.remove()
+    return caught[0] if caught else None
+
+
+def _run_watched(
+    block: nn.Module, name: str, targets: Sequence[Target], stream: Stream, index: int, found: Callable[..., None]
+) -> None:
+    """Run a block on one batch and call `found(target, inputs)` for each use of a target, in order."""
+    handles = []
+    stacks: list[tuple[nn.Parameter, Target]] = []
+    for target in targets:
+        module = _module(block, name, target)
+        if target.is_expert_stack:
+            stacks.append((getattr(module, target.parameter), target))
+            continue
+
+        def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
+            found(target, _first(args, kwargs))
+
+        handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
+    try:
+        with _WatchStacks(stacks, found):
+            stream.run(block, name, index)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class _WatchStacks(TorchFunctionMode):
+    """Tells which inputs are multiplied with which expert of a stack, wherever in the model's code that happens."""
+
+    _PRODUCTS = (
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+    )
+
+    def __init__(self, stacks: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
+        super().__init__()
+        self._stacks = stacks
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._PRODUCTS and len(args) > 1:
+            for stack, target in self._stacks:
+                offset = args[1].data_ptr() - stack.data_ptr()
+                if args[1].ndim == 3 and offset == 0:
+                    self._found(target, args[0])
+                elif args[1].ndim == 2 and 0 <= offset < stack.nbytes:
+                    self._found(target, args[0], offset // stack[0].nbytes)
+        return func(*args, **(kwargs or {}))

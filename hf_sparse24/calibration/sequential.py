@@ -1,0 +1,276 @@
+"""The sequential walk: prune a model block by block on calibration data, each block on what the pruned ones before it
+write.
+
+For each block: the groups of projections in the order in which they run, each with statistics of its inputs as pruned
+so far; then, where asked for, block matching; then the block's outputs become the next block's inputs. Two streams of
+hidden states move along, the pruned model's and, for what targets the dense model, the dense one's. Under
+torch.distributed every process walks its own share of the batches and the statistics are summed.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_sparse24.calibration.blocks import Batch, Stream, block_names, block_of, find_chains, record
+from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
+from hf_sparse24.calibration.matching import Masks, Matching, MatchResult, match_block_
+from hf_sparse24.calibration.progress import Progress
+from hf_sparse24.calibration.solve import Solution, solve
+from hf_sparse24.pattern import apply_mask_, check_finite, check_present, find_violations
+from hf_sparse24.selection import Selection, Target
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is pruned on calibration data.
+
+    Attributes:
+        method (`str`): what chooses the mask: "magnitude", "wanda", "ria", "sparsegpt" or "alps".
+        refit (`str`, *optional*): "asymmetric" or "symmetric": refit the weights that stay, against the dense model's
+            output or the layer's own; None leaves what the method gives.
+        dampening (`float`): share of the Hessian's mean diagonal.
+        matching (`Matching`, *optional*): train each block against the dense one.
+        seed (`int`): of the order of batches in matching.
+    """
+
+    method: str = "alps"
+    refit: str | None = "asymmetric"
+    dampening: float = 0.01
+    matching: Matching | None = None
+    seed: int = 0
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the hidden states of the dense model are needed along the way."""
+        return self.refit == "asymmetric" or (self.matching is not None and self.matching.target == "dense")
+
+
+@dataclass
+class Walked:
+    """What was done.
+
+    Attributes:
+        raised_dampening (`dict`): the dampening of each projection whose Hessian needed more than was asked for.
+        matched (`dict`): the held-out error of each matched block, before and after.
+        dense (`Stream`, *optional*): the dense model's hidden states after the last block, where they were followed.
+        last_block (`str`): the name of that block.
+    """
+
+    raised_dampening: dict[str, float] = field(default_factory=dict)
+    matched: dict[str, MatchResult] = field(default_factory=dict)
+    dense: Stream | None = None
+    last_block: str = ""
+
+
+@torch.no_grad()
+def prune_sequentially_(
+    model: nn.Module,
+    selection: Selection,
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Walked:
+    """Prune the targets of a selection in place.
+
+    Args:
+        model (`nn.Module`): a transformers model.
+        selection (`Selection`): its targets.
+        batches (`Sequence[dict]`): model inputs; under torch.distributed all of them, in every process.
+        recipe (`Recipe`): how.
+        device (`torch.device`, *optional*): where each block goes in its turn. Default: blocks stay where they are.
+        progress (`Progress`, *optional*): keeps finished blocks in a folder and takes up where it stopped.
+
+    Raises:
+        `ValueError`: the model cannot be walked, calibration data do not reach a projection, or are not finite.
+            Blocks before the one named are pruned by then, the others as they were.
+    """
+    for target in selection.targets:
+        weight = getattr(model.get_submodule(target.module_name), target.parameter)
+        check_present(weight, target.name)
+        check_finite(weight, target.name)
+    names = block_names(model, [target.name for target in selection.targets])
+    batches = _own_share(batches)
+    walked, walker = Walked(), _Walker(model, selection, recipe, device, progress)
+    with _set_for_walking(model):
+        chains = find_chains(model, batches[0], names)
+        bar = logging.tqdm(total=len(names), desc="Pruning to 2:4", unit="block")
+        dense = record(model, batches, chains, walker.device) if recipe.follows_dense else None
+        for number, chain in enumerate(chains):
+            if number or dense is None:
+                (stream,) = record(model, batches, [chain], walker.device)
+            else:
+                stream = dense[0].copy()
+            walker.follow = None if dense is None else dense[number]
+            for name in chain:
+                bar.set_postfix_str(name)
+                walker.prune_block_(name, stream, walked)
+                bar.update()
+        bar.close()
+    walked.last_block = chains[-1][-1]
+    walked.dense = walker.follow
+    return walked
+
+
+class _Walker:
+    """What stays the same from block to block."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        recipe: Recipe,
+        device: torch.device | str | None,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.recipe, self.progress = model, recipe, progress
+        home = next(model.parameters()).device
+        asked = None if device is None else torch.device(device)
+        self.device = None if asked is None or asked == home else asked
+        self.follow: Stream | None = None
+        self.targets: dict[str, list[Target]] = {}
+        for target in selection.targets:
+            self.targets.setdefault(str(block_of(target.name)), []).append(target)
+
+    def prune_block_(self, name: str, stream: Stream, walked: Walked) -> None:
+        """Prune one block and move the streams behind it."""
+        block = self.model.get_submodule(name)
+        home = next(block.parameters()).device
+        if self.device is not None:
+            block.to(self.device)
+        dense = copy.deepcopy(block) if self.recipe.follows_dense or self.recipe.matching else None
+        if self.progress is not None and self.progress.has(name):
+            self.progress.load_(block, name)
+        elif name in self.targets:
+            self._prune_(block, name, stream, dense, walked)
+            if self.progress is not None and _is_first_process():
+                self.progress.save(block, name)
+        if self.follow is not None and dense is not None:
+            self.follow.hidden = self.follow.outputs(dense, name)
+        stream.hidden = stream.outputs(block, name)
+        if self.device is not None:
+            block.to(home)
+
+    def _prune_(
+        self, block: nn.Module, name: str, stream: Stream, dense: nn.Module | None, walked: Walked
+    ) -> None:
+        masks: Masks = {}
+        for group in find_groups(block, name, self.targets[name], stream):
+            for target, solution in self._solve_group(block, name, group, stream, dense):
+                _write_(block, name, target, solution, masks)
+                if solution.dampening > self.recipe.dampening:
+                    walked.raised_dampening[target.name] = solution.dampening
+        if self.recipe.matching is not None:
+            targets = self._targets_of_matching(name, stream, dense)
+            walked.matched[name] = match_block_(
+                block, name, masks, stream, targets, self.recipe.matching, self.recipe.seed
+            )
+        for target in self.targets[name]:
+            self._verify(target)
+
+    def _solve_group(
+        self, block: nn.Module, name: str, group: Group, stream: Stream, dense: nn.Module | None
+    ) -> Iterator[tuple[Target, Solution]]:
+        """Yield each target of a group with its solution; of an expert stack all experts in one."""
+        recipe, refitted = self.recipe, self.recipe.refit is not None
+        weights = [_matrices(block, name, target) for target in group]
+        if group[0].is_expert_stack:
+            statistics = expert_statistics(block, name, group[0], stream)
+            parts = [
+                solve([weight], statistic, recipe.method, refitted, recipe.dampening)
+                for weight, statistic in zip(weights[0], statistics, strict=True)
+            ]
+            together = Solution(
+                [torch.stack([part.weights[0] for part in parts])],
+                [torch.stack([part.masks[0] for part in parts])],
+                max(part.dampening for part in parts),
+            )
+            yield group[0], together
+            return
+        asymmetric = recipe.refit == "asymmetric" and dense is not None and self.follow is not None
+        followed = (dense, self.follow) if asymmetric else None
+        solution = solve(
+            weights, group_statistics(block, name, group, stream, followed), recipe.method, refitted, recipe.dampening
+        )
+        for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
+            yield target, Solution([weight], [mask], solution.dampening)
+
+    def _targets_of_matching(self, name: str, stream: Stream, dense: nn.Module | None) -> list[Tensor]:
+        source = self.follow if self.recipe.matching.target == "dense" else stream
+        return source.outputs(dense, name)
+
+    def _verify(self, target: Target) -> None:
+        weight = getattr(self.model.get_submodule(target.module_name), target.parameter)
+        violations = find_violations(weight, target.dim)
+        if violations.count:
+            raise RuntimeError(f"{target.name} is not 2:4 in {violations.count} groups after pruning.")
+
+
+def _matrices(block: nn.Module, name: str, target: Target) -> Tensor:
+    """Return the weight of a target with its inputs last: (N, K), or (experts, N, K)."""
+    weight = getattr(block.get_submodule(target.module_name[len(name) + 1 :]), target.parameter).detach()
+    return weight.movedim(target.dim, -1)
+
+
+def _write_(block: nn.Module, name: str, target: Target, solution: Solution, masks: Masks) -> None:
+    """Put new values into a projection, the same ones in every process, and note its mask."""
+    parameter = getattr(block.get_submodule(target.module_name[len(name) + 1 :]), target.parameter)
+    mask = solution.masks[0].movedim(-1, target.dim)
+    weight = solution.weights[0].movedim(-1, target.dim).to(parameter.dtype).contiguous()
+    mask = mask.contiguous()
+    if _world_size() > 1:
+        dist.broadcast(weight, 0)
+        dist.broadcast(mask, 0)
+    parameter.data = apply_mask_(weight, mask)
+    masks[parameter] = mask
+
+
+@contextmanager
+def _set_for_walking(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and fused experts, whose inputs could not be told apart, and restore both."""
+    training = [module for module in model.modules() if module.training]
+    experts = getattr(model, "get_experts_implementation", lambda: None)()
+    requires_grad = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    switched = bool(experts) and any(value not in (None, "eager") for value in experts.values())
+    model.eval()
+    for parameter in requires_grad:
+        parameter.requires_grad_(False)
+    if switched:
+        model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in requires_grad:
+            parameter.requires_grad_(True)
+        if switched:
+            model.set_experts_implementation(experts)
+
+
+def _own_share(batches: Sequence[Batch]) -> list[Batch]:
+    """Return this process's batches."""
+    size = _world_size()
+    if size == 1:
+        return list(batches)
+    if len(batches) < size:
+        raise ValueError(
+            f"{size} processes share {len(batches)} calibration batches; give at least one each: lower batch_size."
+        )
+    return list(batches[dist.get_rank() :: size])
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _is_first_process() -> bool:
+    return _world_size() == 1 or dist.get_rank() == 0

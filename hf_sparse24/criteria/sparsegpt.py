@@ -1,0 +1,47 @@
+"""SparseGPT (Frantar & Alistarh 2023, arXiv:2301.00774): prune column by column, repair in the columns to come.
+
+With U upper triangular and H^-1 = U^T U, U_jj^2 is the inverse Hessian's diagonal over the columns not yet handled:
+what a pruned weight w_j costs is (w_j / U_jj)^2, and the best repair of the columns after it is a multiple of U's row.
+The two weights of a group that stay are chosen when the group is reached, with the weights as updated so far.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_sparse24.criteria.objective import Objective
+from hf_sparse24.pattern import GROUP_SIZE, mask_2to4
+
+
+def sparsegpt(objective: Objective, block_size: int = 128) -> Tensor:
+    """Return 2:4 weights (N, K) float32.
+
+    Rows are independent: the weights of projections that read the same input may be stacked.
+
+    Args:
+        objective (`Objective`): the layer's problem; only its weights and Hessian are used.
+        block_size (`int`): columns whose repairs are applied to the rest at once; divisible by 4.
+    """
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(objective.factor), upper=True)
+    # Columns are contiguous in the transposed weight, which is what the loop walks along.
+    weight_KN = objective.weight.t().contiguous()
+    for start in range(0, len(weight_KN), block_size):
+        end = min(start + block_size, len(weight_KN))
+        errors = _prune_block_(weight_KN[start:end], upper[start:end, start:end])
+        weight_KN[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+    return weight_KN.t().contiguous()
+
+
+def _prune_block_(block_BN: Tensor, upper_BB: Tensor) -> Tensor:
+    """Prune some columns in place and return the error (B, N) that each leaves to the columns after the block."""
+    errors = torch.empty_like(block_BN)
+    diagonal = upper_BB.diagonal()
+    for start in range(0, len(block_BN), GROUP_SIZE):
+        group = slice(start, start + GROUP_SIZE)
+        scores = (block_BN[group] / diagonal[group, None]).square_()
+        mask = mask_2to4(scores.t()).t()
+        for offset, column in enumerate(range(start, start + GROUP_SIZE)):
+            kept = torch.where(mask[offset], block_BN[column], 0)
+            torch.sub(block_BN[column], kept, out=errors[column]).div_(diagonal[column])
+            block_BN[column:].addr_(upper_BB[column, column:], errors[column], alpha=-1)
+            block_BN[column] = kept
+    return errors

@@ -1,0 +1,123 @@
+"""The loss of language models: perplexity of causal ones on a text, loss per target token of encoder-decoder ones."""
+
+import math
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor, nn, tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_sparse24.evaluation.running import Batch, check_not_nan, check_tokens, evaluating, moved
+
+_LARGEST_EXPONENT = 709.0  # of a float64
+
+
+def perplexity(model: nn.Module, token_ids: Tensor, window: int = 512, batch_size: int = 2) -> float:
+    """Return exp of the mean negative log-likelihood per predicted token, over windows that do not overlap.
+
+    Each window is read on its own, so its first token predicts without context and is not scored itself. Compare
+    figures of the same window length only. The loss is computed in float32.
+
+    Args:
+        model (`nn.Module`): a causal language model of transformers.
+        token_ids (`Tensor`): (tokens,) int64; a rest shorter than `window` is dropped.
+        window (`int`): tokens per window.
+        batch_size (`int`): windows per forward pass.
+
+    Raises:
+        `ValueError`: the model is no causal language model, the window is longer than its context, there is less than
+            one window of tokens, or logits are NaN.
+    """
+    check_causal(model)
+    if window < 2 or len(token_ids) < window:
+        raise ValueError(
+            f"perplexity needs a window of at least 2 tokens and one window of text; got {len(token_ids)}."
+        )
+    check_tokens(model, token_ids, window)
+    windows = token_ids[: len(token_ids) // window * window].view(-1, window)
+    total = 0.0
+    with evaluating(model):
+        batches = logging.tqdm(windows.split(batch_size), desc="Perplexity", unit="batch", leave=False)
+        for number, batch in enumerate(batches, 1):
+            ids = batch.to(next(model.parameters()).device)
+            total += _loss_sum(model(ids).logits[:, :-1], ids[:, 1:], number)
+    mean = total / (windows.shape[0] * (window - 1))
+    return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+
+
+def nll(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return the mean negative log-likelihood per target token of an encoder-decoder model, teacher-forced.
+
+    The mean is over all tokens of all batches, whatever their sizes, and is computed in float32.
+
+    Args:
+        model (`nn.Module`): an encoder-decoder model of transformers with a language-model head.
+        batches (`Iterable[Mapping[str, Tensor]]`): arguments of its forward, with `labels` (batch, tokens) int64, -100
+            where nothing is scored. Without `decoder_input_ids` the model shifts the labels itself.
+
+    Raises:
+        `ValueError`: the model is no encoder-decoder model, there is nothing to score, or logits are NaN.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", True):
+        raise ValueError(f"nll scores encoder-decoder models; {type(model).__name__} is not one. Try perplexity.")
+    total, count = 0.0, 0
+    with evaluating(model):
+        for number, batch in enumerate(logging.tqdm(batches, desc="NLL", unit="batch", leave=False), 1):
+            if batch.get("labels") is None:
+                raise ValueError(f"nll needs labels; batch {number} has only {sorted(batch)}.")
+            inputs = moved(batch, model)
+            total += _loss_sum(model(**inputs).logits, inputs["labels"], number)
+            count += int((inputs["labels"] != -100).sum())
+    if not count:
+        raise ValueError("nll needs at least one batch with a label other than -100; there is none.")
+    return total / count
+
+
+def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, windows: int) -> Tensor:
+    """Tokenize the last tenth of a text, which calibration never reads.
+
+    No special tokens are added: a window starts anywhere in the text.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        text (`str`): the whole text.
+        window (`int`): tokens per window.
+        windows (`int`): how many to return at most, from the beginning of the held-out part.
+
+    Returns:
+        `Tensor`: (tokens,) int64, a multiple of `window`.
+
+    Raises:
+        `ValueError`: the held-out part is shorter than one window.
+    """
+    from hf_sparse24.calibration.text import split_text
+
+    token_ids = tokenizer(split_text(text)[1], add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(len(token_ids) // window, windows)
+    if count < 1:
+        raise ValueError(
+            f"The last tenth of the text, which is held out, has {len(token_ids)} tokens: less than one window of "
+            f"{window}. Give a longer text or a shorter window."
+        )
+    return tensor(token_ids[: count * window])
+
+
+def check_causal(model: nn.Module) -> None:
+    """Refuse a transformers model without a causal language-model head, and name what measures it instead."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    if config.is_encoder_decoder or not model.can_generate():
+        raise ValueError(
+            f"Perplexity needs a causal language model and {type(model).__name__} is not one; in Python, "
+            "hf_sparse24.evaluation has nll for encoder-decoder models, retrieval_recall for sentence encoders and "
+            "feature_cosine for vision models."
+        )
+
+
+def _loss_sum(logits: Tensor, targets: Tensor, number: int) -> float:
+    """Sum the loss of a batch in float32; targets of -100 do not count."""
+    targets = targets.to(logits.device).flatten()
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+    return check_not_nan(loss, number, "logits").item()
