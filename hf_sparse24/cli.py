@@ -1,4 +1,4 @@
-"""`hf-sparse24`: prune, report, unpack, env. Parses, calls and prints; decides nothing."""
+"""`hf-sparse24`: prune, report, unpack, evaluate, env. Parses, calls and prints; decides nothing."""
 
 import json
 import os
@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
 from huggingface_hub import snapshot_download
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
+from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
 from hf_sparse24.pack import unpack_
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
@@ -97,6 +99,42 @@ def unpack(model: Model, out: Out, dtype: Dtype = "auto", as_json: AsJson = Fals
 
 
 @app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text. Its last tenth is scored; calibration reads the rest.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="How many to score at most.")] = 32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity of MODEL, packed or not, on the held-out end of a text, and its recovery.
+
+    Example:
+
+        hf-sparse24 evaluate ./SmolLM2-2of4 --text book.txt --dense ./SmolLM2
+    """
+    place = _device(device)
+    measured = _load(model, dtype).to(place)
+    check_causal(measured)
+    token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text.read_text("utf8"), window, windows)
+    value = perplexity(measured, token_ids, window)
+    del measured  # before the dense model needs its memory
+    evaluation = Evaluation(
+        metric="perplexity",
+        value=value,
+        samples=len(token_ids) // window,
+        unit=f"windows of {window} tokens",
+        dense=None if dense is None else perplexity(_load(dense, dtype).to(place), token_ids, window),
+    )
+    if as_json:
+        typer.echo(evaluation.to_json())
+    else:
+        print_evaluations([evaluation], Console(width=100))
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, devices and which backends can run here, and why not. Paste this into a bug report."""
     facts = environment()
@@ -129,6 +167,14 @@ def _load(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
             f"The config of {name} names the class {architecture!r}, which transformers lacks; use Python."
         )
     return model_class.from_pretrained(name, dtype=dtype, **kwargs)
+
+
+def _device(name: str | None) -> torch.device:
+    """Return the device that was asked for, or the GPU where torch sees one."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and torch sees no CUDA device; use --device cpu.")
+    return device
 
 
 def _save(model: PreTrainedModel, source: str, folder: Path) -> None:

@@ -10,6 +10,7 @@ import copy
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ class Sparse24Config(QuantizationConfigMixin):
 
     Args:
         method (`str`): `"magnitude"`, `"wanda"`, `"ria"`, `"sparsegpt"`, `"alps"`, or `"auto"`: the best calibrated
-            recipe when `dataset` is given, else magnitude with a warning. In this version only magnitude is available.
-        refit (`bool`, *optional*): refit the kept weights after the mask is chosen. None: True for calibrated methods.
+            recipe when there are calibration data, else magnitude with a warning.
+        refit (`bool` or `str`, *optional*): refit the kept weights after the mask is chosen: `"asymmetric"` towards
+            the dense model's output, `"symmetric"` towards the layer's own. True is the first; None is True wherever
+            there are calibration data.
         quantization (`str`, *optional*): `"int8"` or `"fp8"` for W8A8 with a scale per output channel and dynamic
             scales per token; None keeps the dtype of the model.
         pack (`bool`): True stores values and indices only, for inference. False keeps ordinary dense tensors with
@@ -54,9 +57,19 @@ class Sparse24Config(QuantizationConfigMixin):
             regular expression for the whole path. None: every attention and feed-forward projection in a numbered
             layer.
         modules_to_not_convert (`Sequence[str]`, *optional*): names to keep dense in addition.
-        dataset, tokenizer: calibration text and its tokenizer, for calibrated methods.
+        dataset: calibration data, as `hf_sparse24.calibration.text.calibration_batches` takes them: the name of a
+            dataset, a text file, a list of strings, `"self"` for text that the dense model writes, a list of
+            (source, weight) pairs, or an iterable of model inputs.
+        tokenizer: for text; default: the one that belongs to the model.
         num_samples (`int`), sequence_length (`int`, tokens), batch_size (`int`), seed (`int`): the calibration sample.
         dampening (`float`): added to the diagonal of the Hessian, as a share of its mean.
+        match_blocks (`bool`, *optional*): train each pruned block for a moment against the dense one. None: on a GPU,
+            where there are calibration data.
+        distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 16
+            bytes a weight. None: wherever blocks are matched and `method` is "auto".
+        calibration_device (`str`, *optional*): where each block is pruned in its turn, for a model that lives on the
+            CPU. None: where the model is.
+        progress_folder (`str`, *optional*): keeps finished blocks, so that the same call goes on where it stopped.
 
     Raises:
         `ValueError`: a value is unknown or contradicts another; the message says what to write instead.
@@ -72,7 +85,7 @@ class Sparse24Config(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "auto",
-        refit: bool | None = None,
+        refit: bool | str | None = None,
         quantization: str | None = None,
         pack: bool = True,
         backend: str = "auto",
@@ -85,6 +98,10 @@ class Sparse24Config(QuantizationConfigMixin):
         batch_size: int = 8,
         seed: int = 0,
         dampening: float = 0.01,
+        match_blocks: bool | None = None,
+        distill: bool | None = None,
+        calibration_device: str | None = None,
+        progress_folder: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = kwargs.pop("quant_method", QUANT_METHOD)
@@ -105,6 +122,10 @@ class Sparse24Config(QuantizationConfigMixin):
         self.batch_size = batch_size
         self.seed = seed
         self.dampening = dampening
+        self.match_blocks = match_blocks
+        self.distill = distill
+        self.calibration_device = calibration_device
+        self.progress_folder = None if progress_folder is None else str(progress_folder)
         self.unknown_keys = kwargs
         self._check_reading()
         if self.format_version is None:
@@ -144,28 +165,34 @@ class Sparse24Config(QuantizationConfigMixin):
             request[key] = _describe(request[key])
         return request
 
-    def record(self, method: str | None = None, roles: Sequence[str] | None = None) -> dict[str, Any]:
+    def record(
+        self,
+        method: str | None = None,
+        roles: Sequence[str] | None = None,
+        calibration: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Describe what produced a model, in plain JSON values.
 
         Args:
             method (`str`, *optional*): the method that ran, where "auto" was resolved.
             roles (`Sequence[str]`, *optional*): the roles that were pruned.
+            calibration (`dict`, *optional*): what is to be said of the calibration.
         """
         roles = self.roles if roles is None else list(roles)
         record = {"method": method or self.method, "seed": self.seed, "roles": roles, **self.choices()}
-        return record | (self._production() if self.produced_by is None else self.produced_by)
-
-    def _production(self) -> dict[str, Any]:
+        if self.produced_by is not None:
+            return record | self.produced_by
         versions = {"hf_sparse24": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-        if self.dataset is None:
-            return {"versions": versions}
-        calibration = {
-            "dataset": _describe(self.dataset),
+        return record | {"versions": versions} | ({} if calibration is None else {"calibration": calibration})
+
+    def describe_data(self, calibration: Any = None) -> dict[str, Any]:
+        """Describe the calibration data in plain JSON values: names where there are any, else types and sizes."""
+        return {
+            "dataset": _describe(self.dataset if calibration is None else calibration),
             "tokenizer": _describe(self.tokenizer),
             "num_samples": self.num_samples,
             "sequence_length": self.sequence_length,
         }
-        return {"versions": versions, "calibration": calibration}
 
     def _check_reading(self) -> None:
         """What must hold for a request and for a checkpoint alike."""
@@ -196,7 +223,9 @@ class Sparse24Config(QuantizationConfigMixin):
 
     def _check_values(self) -> None:
         _check_choice("method", self.method, METHODS)
-        _check_choice("refit", self.refit, (None, True, False))
+        _check_choice("refit", self.refit, (None, True, False, "symmetric", "asymmetric"))
+        for key in ("match_blocks", "distill"):
+            _check_choice(key, getattr(self, key), (None, True, False))
         _check_choice("pack", self.pack, (True, False))
         for key in ("num_samples", "sequence_length", "batch_size"):
             _check_integer(key, getattr(self, key), 1)
@@ -212,14 +241,6 @@ class Sparse24Config(QuantizationConfigMixin):
                 f"quantization={self.quantization!r} needs pack=True; with pack=False the weights stay in the "
                 f"model's dtype."
             )
-        if self.method in CALIBRATED_METHODS and self.dataset is None:
-            raise ValueError(
-                f"method={self.method!r} needs calibration data; pass dataset=... or use method='magnitude'."
-            )
-        if self.method == "magnitude" and self.dataset is not None:
-            raise ValueError("method='magnitude' uses no calibration data; drop dataset or use method='auto'.")
-        if self.refit and self.dataset is None:
-            raise ValueError("refit=True needs calibration data; pass dataset=... or drop refit.")
 
 
 def _as_list(names: Any) -> Any:
@@ -244,11 +265,15 @@ def _check_names(key: str, value: Any) -> None:
         raise ValueError(f"{key} must be a non-empty list of module names; got {value!r}.")
 
 
-def _describe(value: Any) -> str | None:
-    """Name an object for the record: its name or path, else its type and length."""
+def _describe(value: Any) -> Any:
+    """Name an object for the record: its name or path, else its type and length; of a mixture every source."""
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        return [[_describe(source), weight] for source, weight in value]
     name = getattr(value, "name_or_path", None)
     if isinstance(name, str) and name:
         return name
+    if isinstance(value, Path):
+        return str(value)
     return f"{type(value).__name__} of {len(value)} items" if hasattr(value, "__len__") else type(value).__name__

@@ -6,16 +6,22 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_sparse24.config import Sparse24Config
+from hf_sparse24.calibration.fitting import Schedule
+from hf_sparse24.calibration.matching import Matching
+from hf_sparse24.calibration.progress import Progress, fingerprint
+from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_
+from hf_sparse24.calibration.text import calibration_batches
+from hf_sparse24.config import CALIBRATED_METHODS, Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense, record_of
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pattern import check_finite, check_present, find_violations, prune_into
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
-from hf_sparse24.version import __version__
 
 logger = logging.get_logger(__name__)
+
+DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
 
 
 @torch.no_grad()
@@ -30,15 +36,14 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
     Args:
         model (`nn.Module`): a transformers model, on any device.
         config (`Sparse24Config`, *optional*): method and modules; `pack` and `quantization` are left to `pack_`.
-        calibration (*optional*): inputs for calibrated methods.
+        calibration (*optional*): calibration data in place of `config.dataset`, in any form that it takes.
 
     Returns:
         `SparsityReport`: what the model is made of now.
 
     Raises:
-        `ValueError`: a name in the config matches nothing, nothing is left to prune, or a weight is not finite or is
-            offloaded. The model is then as it was before the module that is named.
-        `NotImplementedError`: the method is not available in this version.
+        `ValueError`: a name in the config matches nothing, nothing is left to prune, a weight is not finite or is
+            offloaded, or the calibration data do not do. The model is then as it was before the module that is named.
     """
     config = config or Sparse24Config()
     _, record = prune_on_request_(model, config, calibration)
@@ -60,21 +65,53 @@ def prune_on_request_(
     known = record_of(model)
     config = config.completed_by(known)
     selection = select(model, config.target_modules, config.modules_to_not_convert)
-    if known and config.method == "auto" and selection.targets and find_violating(model, selection) is None:
+    data = config.dataset if calibration is None else calibration
+    unchanged = known and config.method == "auto" and data is None
+    if unchanged and selection.targets and find_violating(model, selection) is None:
         return selection, {**known, **config.choices(), "roles": selection.roles}
-    method = resolve_method(config, calibration)
-    prune_selected_(model, selection, method, in_place)
-    return selection, config.record(method, selection.roles)
+    method = resolve_method(config, data)
+    _refuse_nothing(model, selection)
+    if data is None:
+        prune_selected_(model, selection, method, in_place)
+        return selection, config.record(method, selection.roles)
+    facts = prune_calibrated_(model, selection, config, method, data)
+    return selection, config.record(method, selection.roles, facts)
+
+
+def prune_calibrated_(
+    model: nn.Module, selection: Selection, config: Sparse24Config, method: str, data: Any
+) -> dict[str, Any]:
+    """Prune the targets of a selection on calibration data, and return what is to be recorded of it."""
+    batches = calibration_batches(
+        data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
+    )
+    recipe = recipe_of(config, method, config.calibration_device or next(model.parameters()).device)
+    facts = {**config.describe_data(data), **recipe.facts()}
+    progress = None
+    if config.progress_folder is not None:
+        names = [target.name for target in selection.targets]
+        progress = Progress(config.progress_folder, {**facts, "targets": names, "data": fingerprint(batches)})
+    walked = prune_sequentially_(model, selection, batches, recipe, config.calibration_device, progress)
+    return {**facts, **walked.facts()}
+
+
+def recipe_of(config: Sparse24Config, method: str, device: torch.device | str) -> Recipe:
+    """Return the recipe that a config asks for, with what it leaves open filled in for a device."""
+    matches = torch.device(device).type == "cuda" if config.match_blocks is None else config.match_blocks
+    distills = matches and config.method == "auto" if config.distill is None else config.distill
+    refit = "asymmetric" if config.refit in (None, True) else config.refit
+    return Recipe(
+        method=method,
+        refit=refit or None,
+        dampening=config.dampening,
+        matching=Matching() if matches else None,
+        distillation=DISTILLATION if distills else None,
+        seed=config.seed,
+    )
 
 
 def prune_selected_(model: nn.Module, selection: Selection, method: str, in_place: bool = True) -> None:
     """Prune the targets of a selection in place, with a method that needs no data."""
-    if not selection.targets:
-        reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "it has none"
-        raise ValueError(
-            f"Nothing to prune in {type(model).__name__}: every matrix stays dense ({reasons}). "
-            "Name projections with target_modules."
-        )
     for target in logging.tqdm(selection.targets, desc="Pruning to 2:4", unit="matrix", leave=False):
         _prune_target_(model.get_submodule(target.module_name), target, method, in_place)
 
@@ -100,12 +137,17 @@ def find_violating(model: nn.Module, selection: Selection) -> Target | None:
 
 
 def check_method(config: Sparse24Config, calibration: Any = None) -> None:
-    """Raise `NotImplementedError` when the method is not available in this version."""
-    has_data = calibration is not None or config.dataset is not None
-    if has_data or config.method not in ("auto", *SALIENCY):
-        asked = f"method={config.method!r}" + (" with calibration data" if has_data else "")
-        raise NotImplementedError(
-            f"{asked} is not available yet in hf_sparse24 {__version__}; use method='magnitude' without data."
+    """Raise `ValueError` when a config asks for what needs calibration data and there are none."""
+    if calibration is not None or config.dataset is not None:
+        return
+    asked = [f"method={config.method!r}"] if config.method in CALIBRATED_METHODS else []
+    asked += [
+        f"{key}={getattr(config, key)!r}" for key in ("refit", "match_blocks", "distill") if getattr(config, key)
+    ]
+    if asked:
+        raise ValueError(
+            f"{asked[0]} needs calibration data; pass dataset=... (dataset='self' lets the model write its own), "
+            "or use method='magnitude' alone."
         )
 
 
@@ -114,11 +156,22 @@ def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
     check_method(config, calibration)
     if config.method != "auto":
         return config.method
+    if calibration is not None or config.dataset is not None:
+        return Recipe().method
     logger.warning_once(
         "Sparse24Config(method='auto') without a dataset prunes by magnitude. A language model then needs retraining: "
         "magnitude alone ruins its perplexity."
     )
     return "magnitude"
+
+
+def _refuse_nothing(model: nn.Module, selection: Selection) -> None:
+    if not selection.targets:
+        reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "it has none"
+        raise ValueError(
+            f"Nothing to prune in {type(model).__name__}: every matrix stays dense ({reasons}). "
+            "Name projections with target_modules."
+        )
 
 
 def _prune_target_(module: nn.Module, target: Target, method: str, in_place: bool) -> None:

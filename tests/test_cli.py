@@ -3,10 +3,13 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_sparse24 import Sparse24Linear, sparsity_report
 from hf_sparse24.cli import main
+from hf_sparse24.evaluation import held_out_tokens, perplexity
+from tests import families
 
 
 def run(*arguments, monkeypatch, capsys):
@@ -123,6 +126,85 @@ def test_unpacking_a_dense_model_says_so(cli, source, tmp_path):
     assert "nothing to unpack" in err
 
 
+@pytest.fixture
+def tokenizer(tiny_llama_folder):
+    """A tokenizer of 90 words in the folder of the tiny model."""
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(90)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    fast.save_pretrained(tiny_llama_folder)
+    return fast
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(" ".join(f"w{(7 * line + word) % 90}" for word in range(20)) for line in range(100)))
+    return path
+
+
+def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama, tokenizer, text):
+    code, out, _ = cli("evaluate", tiny_llama_folder, "--text", text, "--window", 16, "--windows", 4, "--json")
+    assert code == 0
+    found = json.loads(out)
+    token_ids = held_out_tokens(tokenizer, text.read_text(), window=16, windows=4)
+    assert found["value"] == pytest.approx(perplexity(tiny_llama, token_ids, window=16), rel=1e-5)
+    assert (found["samples"], found["unit"]) == (4, "windows of 16 tokens")
+    assert (found["dense"], found["recovery"]) == (None, None)
+
+
+def test_evaluate_compares_a_packed_model_with_the_dense_one(cli, tiny_llama_folder, tokenizer, text, tmp_path):
+    cli("prune", tiny_llama_folder, tmp_path / "packed", "--method", "magnitude", "--quantization", "int8")
+    arguments = ("--text", text, "--dense", tiny_llama_folder, "--window", 16)
+    code, out, _ = cli("evaluate", tmp_path / "packed", *arguments, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["dense"] != found["value"]
+    assert found["recovery"] == pytest.approx(100 * found["dense"] / found["value"])
+    assert found["samples"] < 32  # as many as there are
+
+    code, out, _ = cli("evaluate", tmp_path / "packed", *arguments)
+    assert code == 0
+    assert f"{found['value']:.4f}" in out
+    assert f"{found['dense']:.4f}" in out
+    assert f"{found['recovery']:.1f} %" in out
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_evaluate_names_what_measures_other_models(cli, text, tmp_path):
+    families.build("bert_mlm").save_pretrained(tmp_path / "bert")
+    code, _, err = cli("evaluate", tmp_path / "bert", "--text", text)
+    assert code == 1
+    line = next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
+    assert "BertForMaskedLM" in line
+    assert "retrieval_recall" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window", "1000"], "less than one window of 1000"),
+        (["--window", "4096"], "less than one window of 4096"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_evaluate_refuses_bad_input_in_one_line(cli, tiny_llama_folder, tokenizer, text, arguments, message):
+    code, _, err = cli("evaluate", tiny_llama_folder, "--text", text, "--window", 16, *arguments)
+    assert code == 1
+    assert message in next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
+    assert "Traceback" not in err
+
+
+def test_evaluate_refuses_a_missing_text_and_a_missing_gpu(cli, tiny_llama_folder, tokenizer, text, monkeypatch):
+    code, _, err = cli("evaluate", tiny_llama_folder, "--text", text.with_name("missing.txt"))
+    assert code == 1
+    assert "missing.txt" in err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = cli("evaluate", tiny_llama_folder, "--text", text, "--device", "cuda")
+    assert code == 1
+    assert "torch sees no CUDA device" in err
+
+
 def test_env(cli):
     code, out, _ = cli("env")
     assert code == 0
@@ -132,7 +214,7 @@ def test_env(cli):
 
 
 def test_help_has_examples(cli):
-    for command in ("prune", "report", "unpack"):
+    for command in ("prune", "report", "unpack", "evaluate"):
         code, out, _ = cli(command, "--help")
         assert code == 0
         assert f"hf-sparse24 {command}" in out

@@ -23,7 +23,7 @@ from transformers import Cache
 Batch = dict[str, Any]
 
 
-class StopForward(Exception):  # noqa: N818 - a signal, not an error
+class StopForward(Exception):
     """Ends a forward pass whose remainder is not needed."""
 
 
@@ -51,6 +51,7 @@ class Stream:
         return Stream(list(self.hidden), self._calls, self._batches)
 
     def __len__(self) -> int:
+        """Return the number of batches."""
         return len(self.hidden)
 
     def run(self, block: nn.Module, name: str, index: int) -> Tensor:
@@ -169,7 +170,7 @@ def record(
         if name == names[-1]:
             raise StopForward
 
-    blocks = [name for name in block_names(model, [f"{name}." for name in names])]
+    blocks = block_names(model, [f"{name}." for name in names])
     with ExitStack() as stack:
         if device is not None:
             stack.enter_context(_borrowing(model, blocks, device))
@@ -254,8 +255,8 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
     return kwargs.pop(key), BlockCall((), kwargs)
 
 
-def _forward(model: nn.Module, batch: Batch) -> None:
-    """Run the model on one batch, on its own device and in its own dtype, as far as is needed."""
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch on the model's own device and in its own dtype, without a cache."""
     parameter = next(model.parameters())
     inputs = {
         key: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -263,7 +264,12 @@ def _forward(model: nn.Module, batch: Batch) -> None:
     }
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
+    return inputs
+
+
+def _forward(model: nn.Module, batch: Batch) -> None:
+    """Run the model on one batch as far as is needed."""
     try:
-        model(**inputs)
+        model(**model_inputs(model, batch))
     except StopForward:
         return

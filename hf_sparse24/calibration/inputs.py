@@ -1,13 +1,12 @@
-"""What reaches the projections of a block: in which order they run, which of them read the same tensor, and the
-statistics of what they read.
+"""What reaches the projections of a block, in which order, and the statistics of it.
 
 Projections that read one tensor (q, k, v; gate, up) form a group: they share their statistics and are pruned together.
 Groups are pruned in the order in which the block runs them, so that each sees inputs that the earlier ones have made
 with their new weights.
 
 A stack of experts (3-D) is a group of its own with one statistic an expert, over the tokens that the router sends it.
-An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian would
-be singular, and its few tokens chance.
+An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian
+would be singular, and its few tokens chance.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,12 +4,14 @@ One safetensors file a block, written whole or not at all, beside a description 
 description (model, data, recipe) refuses the folder: its blocks would not fit together.
 """
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 _DESCRIPTION = "run.json"
 
@@ -64,3 +66,14 @@ class Progress:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+
+def fingerprint(batches: Sequence[dict[str, Any]]) -> str:
+    """Return a digest of calibration batches, to tell one set from another."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            value = batch[key]
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().view(-1).numpy().tobytes() if isinstance(value, Tensor) else b"")
+    return digest.hexdigest()[:16]

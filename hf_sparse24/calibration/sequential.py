@@ -1,5 +1,4 @@
-"""The sequential walk: prune a model block by block on calibration data, each block on what the pruned ones before it
-write.
+"""The sequential walk: prune a model block by block, each on what the pruned blocks before it write.
 
 For each block: the groups of projections in the order in which they run, each with statistics of its inputs as pruned
 so far; then, where asked for, block matching; then the block's outputs become the next block's inputs. Two streams of
@@ -10,7 +9,8 @@ torch.distributed every process walks its own share of the batches and the stati
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_sparse24.calibration.blocks import Batch, Stream, block_names, block_of, find_chains, record
+from hf_sparse24.calibration.distillation import distill_
+from hf_sparse24.calibration.fitting import Fit, Masks, Schedule
 from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
-from hf_sparse24.calibration.matching import Masks, Matching, MatchResult, match_block_
+from hf_sparse24.calibration.matching import Matching, match_block_
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.solve import Solution, solve
 from hf_sparse24.pattern import apply_mask_, check_finite, check_present, find_violations
@@ -38,19 +40,26 @@ class Recipe:
             output or the layer's own; None leaves what the method gives.
         dampening (`float`): share of the Hessian's mean diagonal.
         matching (`Matching`, *optional*): train each block against the dense one.
-        seed (`int`): of the order of batches in matching.
+        distillation (`Schedule`, *optional*): train the whole model against the dense one at the end.
+        seed (`int`): of the order of batches in training.
     """
 
     method: str = "alps"
     refit: str | None = "asymmetric"
     dampening: float = 0.01
     matching: Matching | None = None
+    distillation: Schedule | None = None
     seed: int = 0
 
     @property
     def follows_dense(self) -> bool:
         """Whether the hidden states of the dense model are needed along the way."""
-        return self.refit == "asymmetric" or (self.matching is not None and self.matching.target == "dense")
+        matches_dense = self.matching is not None and self.matching.target == "dense"
+        return self.refit == "asymmetric" or matches_dense or self.distillation is not None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the record of a model says of it, in plain JSON values."""
+        return {key: value for key, value in asdict(self).items() if key not in ("method", "seed")}
 
 
 @dataclass
@@ -60,14 +69,20 @@ class Walked:
     Attributes:
         raised_dampening (`dict`): the dampening of each projection whose Hessian needed more than was asked for.
         matched (`dict`): the held-out error of each matched block, before and after.
-        dense (`Stream`, *optional*): the dense model's hidden states after the last block, where they were followed.
-        last_block (`str`): the name of that block.
+        distilled (`Fit`, *optional*): the held-out divergence from the dense model, before and after distillation.
     """
 
     raised_dampening: dict[str, float] = field(default_factory=dict)
-    matched: dict[str, MatchResult] = field(default_factory=dict)
-    dense: Stream | None = None
-    last_block: str = ""
+    matched: dict[str, Fit] = field(default_factory=dict)
+    distilled: Fit | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the record of a model says of it, in plain JSON values: nothing of what did not happen."""
+        facts = {"raised_dampening": self.raised_dampening, "distilled": self.distilled and asdict(self.distilled)}
+        fits = list(self.matched.values())
+        if fits:
+            facts["matched"] = {key: sum(getattr(fit, key) for fit in fits) / len(fits) for key in ("before", "after")}
+        return {key: value for key, value in facts.items() if value}
 
 
 @torch.no_grad()
@@ -115,8 +130,11 @@ def prune_sequentially_(
                 walker.prune_block_(name, stream, walked)
                 bar.update()
         bar.close()
-    walked.last_block = chains[-1][-1]
-    walked.dense = walker.follow
+        if recipe.distillation is not None and walker.follow is not None:
+            walked.distilled = distill_(
+                model, walker.masks, batches, chains[-1][-1], walker.follow, recipe.distillation, recipe.seed
+            )
+            walker.verify()
     return walked
 
 
@@ -131,11 +149,12 @@ class _Walker:
         device: torch.device | str | None,
         progress: Progress | None,
     ) -> None:
-        self.model, self.recipe, self.progress = model, recipe, progress
+        self.model, self.selection, self.recipe, self.progress = model, selection, recipe, progress
         home = next(model.parameters()).device
         asked = None if device is None else torch.device(device)
         self.device = None if asked is None or asked == home else asked
         self.follow: Stream | None = None
+        self.masks: Masks = {}
         self.targets: dict[str, list[Target]] = {}
         for target in selection.targets:
             self.targets.setdefault(str(block_of(target.name)), []).append(target)
@@ -149,6 +168,7 @@ class _Walker:
         dense = copy.deepcopy(block) if self.recipe.follows_dense or self.recipe.matching else None
         if self.progress is not None and self.progress.has(name):
             self.progress.load_(block, name)
+            self._take_masks(name)
         elif name in self.targets:
             self._prune_(block, name, stream, dense, walked)
             if self.progress is not None and _is_first_process():
@@ -159,22 +179,27 @@ class _Walker:
         if self.device is not None:
             block.to(home)
 
-    def _prune_(
-        self, block: nn.Module, name: str, stream: Stream, dense: nn.Module | None, walked: Walked
-    ) -> None:
+    def _prune_(self, block: nn.Module, name: str, stream: Stream, dense: nn.Module | None, walked: Walked) -> None:
         masks: Masks = {}
         for group in find_groups(block, name, self.targets[name], stream):
             for target, solution in self._solve_group(block, name, group, stream, dense):
                 _write_(block, name, target, solution, masks)
                 if solution.dampening > self.recipe.dampening:
                     walked.raised_dampening[target.name] = solution.dampening
+        if self.recipe.distillation is not None:
+            self.masks |= masks
         if self.recipe.matching is not None:
             targets = self._targets_of_matching(name, stream, dense)
             walked.matched[name] = match_block_(
                 block, name, masks, stream, targets, self.recipe.matching, self.recipe.seed
             )
-        for target in self.targets[name]:
-            self._verify(target)
+        self.verify(name)
+
+    def _take_masks(self, name: str) -> None:
+        """Read the masks of a block that was pruned before from its zeros."""
+        for target in self.targets.get(name, ()) if self.recipe.distillation is not None else ():
+            parameter = getattr(self.model.get_submodule(target.module_name), target.parameter)
+            self.masks[parameter] = parameter != 0
 
     def _solve_group(
         self, block: nn.Module, name: str, group: Group, stream: Stream, dense: nn.Module | None
@@ -207,11 +232,13 @@ class _Walker:
         source = self.follow if self.recipe.matching.target == "dense" else stream
         return source.outputs(dense, name)
 
-    def _verify(self, target: Target) -> None:
-        weight = getattr(self.model.get_submodule(target.module_name), target.parameter)
-        violations = find_violations(weight, target.dim)
-        if violations.count:
-            raise RuntimeError(f"{target.name} is not 2:4 in {violations.count} groups after pruning.")
+    def verify(self, name: str | None = None) -> None:
+        """Check the pattern of every target, or of those in one block."""
+        for target in self.targets[name] if name else self.selection.targets:
+            weight = getattr(self.model.get_submodule(target.module_name), target.parameter)
+            violations = find_violations(weight, target.dim)
+            if violations.count:
+                raise RuntimeError(f"{target.name} is not 2:4 in {violations.count} groups after pruning.")
 
 
 def _matrices(block: nn.Module, name: str, target: Target) -> Tensor:

@@ -1,8 +1,8 @@
 """ALPS (Meng et al. 2024, arXiv:2406.07831): ADMM on the layer's least squares problem, with 2:4 as the constraint.
 
-Columns are normalized so that the Hessian has a unit diagonal: the projection to 2:4 then weighs each weight by the norm
-of its input, as Wanda does. Two copies of the weights are pulled together, B which fits the outputs and Z which is 2:4,
-and the pull rho grows while the support of Z still moves.
+Columns are normalized so that the Hessian has a unit diagonal: the projection to 2:4 then weighs each weight by the
+norm of its input, as Wanda does. Two copies of the weights are pulled together, B which fits the outputs and Z which
+is 2:4, and the pull rho grows while the support of Z still moves.
 
 The paper decomposes the Hessian into eigenvectors once, so that the inverse of H + rho I is cheap for every rho. Here
 the inverse is formed through a new Cholesky factor whenever rho changes: it does a third of the arithmetic of putting

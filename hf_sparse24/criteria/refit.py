@@ -1,8 +1,8 @@
 """Refit: the best values for the weights that stay, once it is known which.
 
-For a fixed mask the layer's problem is convex, and separate for each row: H_SS v_S = g_S on the row's support S. Masked
-conjugate gradients solve it for all rows at once with one matrix product an iteration, and the Jacobi preconditioner
-takes out the scale of the inputs.
+For a fixed mask the layer's problem is convex, and separate for each row: H_SS v_S = g_S on the row's support S.
+Masked conjugate gradients solve it for all rows at once with one matrix product an iteration, and the Jacobi
+preconditioner takes out the scale of the inputs.
 """
 
 import torch

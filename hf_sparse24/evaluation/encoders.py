@@ -1,6 +1,6 @@
 """What encoders see: sentence embeddings that find each other, and image features close to the dense model's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +169,7 @@ def _text_encoder(model: nn.Module) -> nn.Module:
 
 def _batched(encoder: nn.Module, texts: Texts, batch_size: int) -> Iterable[Batch]:
     """Pad lists of token ids on the right into batches; leave batches as they are."""
-    if not isinstance(texts, Sequence) or not texts or "input_ids" in texts[0]:
+    if not isinstance(texts, Sequence) or not texts or isinstance(texts[0], Mapping):
         return texts
     lengths = [len(text) for text in texts]
     if not min(lengths):

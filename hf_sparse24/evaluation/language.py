@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_sparse24.calibration.text import split_text
 from hf_sparse24.evaluation.running import Batch, check_not_nan, check_tokens, evaluating, moved
 
 _LARGEST_EXPONENT = 709.0  # of a float64
@@ -77,12 +79,13 @@ def nll(model: nn.Module, batches: Iterable[Batch]) -> float:
 def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, windows: int) -> Tensor:
     """Tokenize the last tenth of a text, which calibration never reads.
 
-    No special tokens are added: a window starts anywhere in the text.
+    Where the tokenizer begins every text with a BOS token, so does each window, as in calibration: some models are
+    lost without it. It is the first token of its window, so it is not scored.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the model.
         text (`str`): the whole text.
-        window (`int`): tokens per window.
+        window (`int`): tokens per window, BOS included.
         windows (`int`): how many to return at most, from the beginning of the held-out part.
 
     Returns:
@@ -91,16 +94,18 @@ def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, 
     Raises:
         `ValueError`: the held-out part is shorter than one window.
     """
-    from hf_sparse24.calibration.text import split_text
-
+    start = [tokenizer.bos_token_id]
+    start = start if tokenizer("")["input_ids"][:1] == start else []
     token_ids = tokenizer(split_text(text)[1], add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(len(token_ids) // window, windows)
+    inside = window - len(start)
+    count = min(len(token_ids) // inside, windows)
     if count < 1:
         raise ValueError(
             f"The last tenth of the text, which is held out, has {len(token_ids)} tokens: less than one window of "
             f"{window}. Give a longer text or a shorter window."
         )
-    return tensor(token_ids[: count * window])
+    rows = torch.tensor(token_ids[: count * inside]).view(count, inside)
+    return torch.cat([torch.tensor([start] * count).long(), rows], dim=1).flatten()
 
 
 def check_causal(model: nn.Module) -> None:

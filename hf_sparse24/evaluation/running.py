@@ -44,7 +44,7 @@ def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
         return
     config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and length > context:
+    if isinstance(context, int) and 0 < context < length:
         raise ValueError(f"{length} tokens do not fit the context of {type(model).__name__}, which is {context}.")
     largest, vocabulary = int(token_ids.max()), getattr(config, "vocab_size", None)
     if vocabulary is not None and largest >= vocabulary:

@@ -1,0 +1,81 @@
+"""A short distillation of the whole pruned model from the dense one, after the walk.
+
+Block losses weigh every direction of the hidden states alike; only the output knows which ones matter. The teacher
+costs nothing: the walk has left the dense model's hidden states behind the last block, and they ride through the rest
+of the model (final norm, head) in one batch with the student's. What comes out is compared: logits by the
+Kullback-Leibler divergence (Hinton et al. 2015, arXiv:1503.02531, temperature 1, no labels), else hidden states by
+squared error.
+
+Embeddings, the final norm and heads stay as they are; kept weights, norms and biases of the blocks are trained.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_sparse24.calibration.blocks import Batch, Stream, block_names, hidden_of, model_inputs
+from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_
+from hf_sparse24.calibration.matching import trained_parameters
+
+
+def distill_(
+    model: nn.Module,
+    masks: Masks,
+    batches: Sequence[Batch],
+    last_block: str,
+    teacher: Stream,
+    schedule: Schedule,
+    seed: int,
+) -> Fit:
+    """Train the blocks of a pruned model in place towards the dense model's output.
+
+    Args:
+        model (`nn.Module`): the pruned model, on the device where it is to be trained.
+        masks (`dict`): for each pruned parameter its bool mask.
+        batches (`Sequence[dict]`): this process's model inputs.
+        last_block (`str`): the path of the last block.
+        teacher (`Stream`): the dense model's hidden states behind it, batch by batch.
+        schedule (`Schedule`): how long and how fast.
+        seed (`int`): of the order of the batches.
+    """
+    device = next(model.parameters()).device
+    parameters = list(masks)
+    for name in block_names(model, [f"{last_block}."]):
+        parameters += trained_parameters(model.get_submodule(name), {})
+
+    def loss(index: int) -> Tensor:
+        def append_teacher(block: nn.Module, args: Any, output: Any) -> Any:
+            student = hidden_of(output)
+            both = torch.cat([student, teacher.hidden[index].to(student)])
+            return both if isinstance(output, Tensor) else (both, *output[1:])
+
+        handle = model.get_submodule(last_block).register_forward_hook(append_teacher)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                output = model(**model_inputs(model, batches[index]))
+        finally:
+            handle.remove()
+        return _divergence(output, batches[index])
+
+    return fit_(parameters, masks, loss, len(batches), schedule, seed)
+
+
+def _divergence(output: Any, batch: Batch) -> Tensor:
+    """Compare the first half of the model's output with the second, token by token, padding left out."""
+    states = output.get("logits")
+    logits = states is not None
+    states = states if logits else output["last_hidden_state"]
+    student, teacher = states.chunk(2)
+    for key in ("decoder_attention_mask", "attention_mask"):
+        kept = batch.get(key)
+        if kept is not None and kept.shape == student.shape[:2]:
+            kept = kept.to(student.device).bool()
+            student, teacher = student[kept], teacher[kept]
+            break
+    student, teacher = student.flatten(0, -2).float(), teacher.detach().flatten(0, -2).float()
+    if not logits:
+        return F.mse_loss(student, teacher) / teacher.square().mean()
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)

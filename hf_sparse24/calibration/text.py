@@ -1,0 +1,300 @@
+"""What a one-shot method sees of the world: calibration batches from whatever the user has.
+
+Text of every kind (a file, a dataset, strings, the model's own, a mixture) ends up as packed windows: documents are
+taken in random order, tokenized whole, joined with an end-of-text token between them, and cut into windows of equal
+length, so nothing is padded and nothing needs an attention mask. Only as many documents are tokenized as the windows
+need. A document much longer than a window is read in pieces, one of each document before a second of any.
+
+Batches that the user made (images, audio, encoder-decoder inputs, anything) pass as they are.
+
+Of a text file the last tenth is never read here; it is the held-out text of `evaluation`, which cuts with the same
+`split_text`. Whatever is wrong with the data is found here, before a single weight has changed.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse24.calibration.self_generated import check_writes_text, sample_windows
+from hf_sparse24.calibration.windows import (
+    check_context,
+    check_token_ids,
+    end_of_line_or_word,
+    pack,
+    pack_text,
+    resolve_tokenizer,
+)
+
+HELD_OUT = 0.1
+SELF = "self"
+
+_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+_DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_KINDS = "'self', a text file, the name of a dataset, a datasets.Dataset, strings, a mixture of these, or batches"
+_SHUFFLE_BUFFER = 1000
+
+
+def calibration_batches(
+    source: Any,
+    model: nn.Module,
+    tokenizer: Any = None,
+    num_samples: int = 128,
+    sequence_length: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return what a calibrated method feeds to the model, on the CPU.
+
+    Windows of encoders with [CLS] and [SEP] begin and end with these; windows of models whose tokenizer begins every
+    text with BOS begin with it. The same seed gives the same batches, another seed other text.
+
+    Args:
+        source: one of
+
+            - `"self"`: text that the model writes itself; decoder-only models, no tokenizer needed
+            - a text file, as `pathlib.Path` or `str`; its last tenth is left for evaluation
+            - the name or folder of a dataset, or `"name:config"`: its train split, column "text" or the only column
+              of strings
+            - a `datasets.Dataset` or `IterableDataset`, with text or with `input_ids`, which are taken as they are
+            - a list of strings, each a document
+            - a list of `(source, weight)` with sources of the kinds above: windows are shared out by weight, at
+              least one each, and spread evenly over the batches
+            - an iterable of batches: (B, L) tensors of token ids, or dicts of tensors, passed on unchanged. It is
+              read until `num_samples` sequences are there; fewer are taken as they are.
+        model (`nn.Module`): the model to calibrate, whose context and vocabulary the text has to fit.
+        tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): or its name; default is the model's own name.
+        num_samples (`int`): windows in all.
+        sequence_length (`int`): tokens per window, special tokens included.
+        batch_size (`int`): most windows per batch; the windows are dealt out evenly.
+        seed (`int`): of all that is random; the global random state is neither read nor changed.
+
+    Returns:
+        `list[dict[str, Any]]`: for text `{"input_ids": (batch_size, sequence_length) int64}` each.
+
+    Raises:
+        `ValueError`: there is too little text, or it does not fit the model; the message says what to change.
+        `ModuleNotFoundError`: a dataset was named and `datasets` is not installed.
+    """
+    for key, value in (("num_samples", num_samples), ("sequence_length", sequence_length), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
+    if not (_is_text(source) or _is_mixture(source)):
+        return _model_inputs(source, model, num_samples)
+    parts = source if _is_mixture(source) else [(source, 1)]
+    _check_parts(parts, model, sequence_length)
+    shares = share_out(num_samples, [weight for _, weight in parts])
+    made = []
+    for (part, _), share in zip(parts, shares, strict=True):
+        if isinstance(part, str) and part == SELF:
+            made.append(sample_windows(model, share, sequence_length, batch_size, seed))
+        else:
+            made.append(_text_windows(part, tokenizer, model, share, sequence_length, seed))
+    windows = torch.cat(made)
+    check_token_ids(windows, model)
+    batches = math.ceil(num_samples / batch_size)
+    return [{"input_ids": windows[first::batches].contiguous()} for first in range(batches)]
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """Cut a text in two, at the end of a line or else of a word: what calibration may see, and what it never does.
+
+    Returns:
+        `tuple[str, str]`: the calibration part and the held-out part, at least the last tenth; joined, the text.
+
+    ```python
+    >>> split_text("All work and no play. " * 10)[1]
+    'All work and no play. '
+
+    ```
+    """
+    cut = end_of_line_or_word(text, int(len(text) * (1 - HELD_OUT)), len(text) // 20)
+    return text[:cut], text[cut:]
+
+
+def share_out(total: int, weights: Sequence[float]) -> list[int]:
+    """Share `total` out by weight: largest remainders first, at least one each.
+
+    Raises:
+        `ValueError`: a weight is not a positive number, or there is not one for each.
+
+    ```python
+    >>> share_out(10, [2, 1, 1])
+    [5, 3, 2]
+
+    ```
+    """
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(f"The weight of a source in a mixture must be a positive number; got {weight!r}.")
+    if total < len(weights):
+        raise ValueError(f"A mixture of {len(weights)} sources needs num_samples of at least as many; got {total}.")
+    whole = sum(Fraction(weight) for weight in weights)
+    exact = [total * Fraction(weight) / whole for weight in weights]
+    shares = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda index: shares[index] - exact[index])
+    for index in by_remainder[: total - sum(shares)]:
+        shares[index] += 1
+    while 0 in shares:
+        shares[shares.index(max(shares))] -= 1
+        shares[shares.index(0)] = 1
+    return shares
+
+
+def _text_windows(source: Any, tokenizer: Any, model: Any, count: int, length: int, seed: int) -> Tensor:
+    """Return (count, length) int64 windows of one source of text."""
+    source = _open(source)
+    documents = _shuffled(source, seed)
+    if _is_dataset(source):
+        column, rows = _find_column(documents)
+        if column == "input_ids":
+            return pack(map(_row_ids, rows), count, length)
+        documents = (row[column] or "" for row in rows)
+    return pack_text(documents, resolve_tokenizer(tokenizer, model), count, length, seed)
+
+
+def _is_dataset(source: Any) -> bool:
+    return hasattr(source, "column_names") and hasattr(source, "features")
+
+
+def _is_text(source: Any) -> bool:
+    strings = isinstance(source, list | tuple) and source and all(isinstance(item, str) for item in source)
+    return bool(strings) or isinstance(source, str | Path) or _is_dataset(source)
+
+
+def _is_mixture(source: Any) -> bool:
+    pairs = isinstance(source, list | tuple) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
+    return pairs and len(source) > 0
+
+
+def _open(source: Any) -> Any:
+    """Turn a path into a document and a name into a dataset; all else is open."""
+    if not isinstance(source, str | Path):
+        return source
+    suffix = Path(source).suffix.lower()
+    if os.path.isfile(source) and suffix not in _DATA_FORMATS:
+        try:
+            return [split_text(Path(source).read_text(encoding="utf-8"))[0]]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Calibration text must be UTF-8; {source} is not ({error.reason}).") from error
+    if not os.path.exists(source) and (isinstance(source, Path) or suffix in _TEXT_SUFFIXES):
+        raise FileNotFoundError(f"Calibration text was asked from {str(source)!r}; there is no such file.")
+    return _load_dataset(str(source), suffix)
+
+
+def _load_dataset(name: str, suffix: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"Calibration with the dataset {name!r} needs the package datasets: pip install datasets."
+        ) from error
+    streaming = not datasets.config.HF_HUB_OFFLINE  # offline, only what is in the cache can be read
+    if os.path.isfile(name):
+        return datasets.load_dataset(_DATA_FORMATS[suffix], data_files=name, split="train", streaming=streaming)
+    name, _, configuration = (name, "", "") if os.path.isdir(name) else name.partition(":")
+    return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
+
+
+def _shuffled(source: Any, seed: int) -> Iterator[Any]:
+    """Yield the rows of a dataset, or the strings of a list, in random order."""
+    if hasattr(source, "__len__"):
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+        return (source[int(index)] for index in order)
+    return iter(source.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+
+
+def _find_column(rows: Iterator[dict[str, Any]]) -> tuple[str, Iterator[dict[str, Any]]]:
+    """Return the column to read, and the rows again."""
+    first = next(rows, None)
+    if first is None:
+        raise ValueError("The calibration dataset has no rows; give one that has some.")
+    strings = [name for name, value in first.items() if isinstance(value, str)]
+    for column in ("input_ids", "text", *(strings if len(strings) == 1 else ())):
+        if column in first:
+            return column, itertools.chain([first], rows)
+    raise ValueError(
+        "A calibration dataset needs a column 'text' or 'input_ids', or a single column of strings; this one has "
+        f"{', '.join(first)}. Rename the column to read with rename_column(..., 'text')."
+    )
+
+
+def _row_ids(row: dict[str, Any]) -> list[int]:
+    """Return the token ids of a row, without those that its attention mask hides."""
+    ids = torch.as_tensor(row["input_ids"]).flatten()
+    mask = row.get("attention_mask")
+    return (ids if mask is None else ids[torch.as_tensor(mask).flatten().bool()]).tolist()
+
+
+def _check_parts(parts: Sequence[tuple[Any, Any]], model: Any, sequence_length: int) -> None:
+    """Check what can be known of sources and model before any text is read."""
+    for part, _ in parts:
+        if not _is_text(part):
+            raise ValueError(f"A mixture is made of sources of text; got {_describe(part)}.")
+        if isinstance(part, str) and part == SELF:
+            check_writes_text(model)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} reads one text and writes another; give batches with input_ids and labels as "
+            "calibration data instead of text."
+        )
+    check_context(model, sequence_length)
+
+
+def _model_inputs(source: Any, model: Any, num_samples: int) -> list[dict[str, Any]]:
+    """Take batches that are model inputs already, until they hold `num_samples` sequences."""
+    if isinstance(source, Mapping | Tensor) or not isinstance(source, Iterable):
+        raise ValueError(
+            f"Calibration data must be {_KINDS}; got {_describe(source)}. Put a single batch into a list; of a "
+            "DatasetDict take one split."
+        )
+    batches: list[dict[str, Any]] = []
+    found = 0
+    for item in source:
+        batch = _as_model_input(item, len(batches))
+        _check_values(batch, len(batches), model)
+        batches.append(batch)
+        found += next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        if found >= num_samples:
+            break
+    if not batches:
+        raise ValueError(f"Calibration data is empty; give {_KINDS}.")
+    return batches
+
+
+def _as_model_input(item: Any, index: int) -> dict[str, Any]:
+    """Turn a tensor or mapping into a dict of tensors on the CPU."""
+    if isinstance(item, Tensor):
+        if item.ndim != 2 or item.is_floating_point():
+            raise ValueError(
+                f"A tensor among calibration batches is read as token ids (B, L); batch {index} is {item.dtype} of "
+                f"shape {tuple(item.shape)}. Name other inputs in a dict."
+            )
+        item = {"input_ids": item.long()}
+    if not isinstance(item, Mapping):
+        raise ValueError(f"Calibration data must be {_KINDS}; item {index} is {_describe(item)}.")
+    batch = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in item.items()}
+    sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    if not sizes or 0 in sizes:
+        raise ValueError(f"Calibration batch {index} holds no sequence; each needs tensors with a batch dimension.")
+    return batch
+
+
+def _check_values(batch: dict[str, Any], index: int, model: Any) -> None:
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"Calibration batch {index} has NaN or Inf in {key!r}; clean the data first.")
+    ids = batch.get("input_ids")
+    if isinstance(ids, Tensor) and not ids.is_floating_point():
+        check_token_ids(ids, model)
+
+
+def _describe(value: Any) -> str:
+    return f"{value!r:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"

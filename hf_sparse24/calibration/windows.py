@@ -1,0 +1,141 @@
+"""Packed windows: text of any length joined, and cut into rows of tokens that a model can read.
+
+Decides how documents follow each other, which special tokens stand where, and whether ids and lengths fit the model.
+Where the text comes from is decided in `text`.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+_CHARACTERS_PER_PIECE = 8  # per token of a window: about two windows of English, more of other scripts
+
+
+def pack_text(documents: Iterable[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Tokenize as many documents as (count, length) int64 windows take, each framed in its special tokens.
+
+    A document much longer than a window is read in pieces, one of each document before a second of any.
+    """
+    before, between, after = _special_tokens(tokenizer)
+    pieces = _pieces(documents, _CHARACTERS_PER_PIECE * length, random.Random(seed))
+    encoded = (tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces)
+    return pack((ids + between for ids in encoded if ids), count, length, before, after)
+
+
+def pack(
+    documents: Iterable[list[int]], count: int, length: int, before: Sequence[int] = (), after: Sequence[int] = ()
+) -> Tensor:
+    """Join token ids, only as many as needed, and cut them into windows with something before and after each."""
+    inside = length - len(before) - len(after)
+    if inside < 1:
+        raise ValueError(f"sequence_length={length} leaves no room for text between special tokens; raise it.")
+    ids: list[int] = []
+    for document in documents:
+        ids += document
+        if len(ids) >= count * inside:
+            break
+    if len(ids) < count * inside:
+        raise ValueError(
+            f"{count} windows of {length} tokens need {count * inside} tokens; the dataset gave {len(ids)}, enough "
+            f"for {len(ids) // inside} windows. Lower num_samples or sequence_length, or give more text."
+        )
+    text = torch.tensor(ids[: count * inside]).view(count, inside)
+    return torch.cat([torch.tensor([[*before]] * count).long(), text, torch.tensor([[*after]] * count).long()], dim=1)
+
+
+def resolve_tokenizer(tokenizer: Any, model: Any) -> Any:
+    """Return the tokenizer, found by its name or by the model's where need be."""
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        return tokenizer
+    name = tokenizer or getattr(model, "name_or_path", None)
+    if not name:
+        raise ValueError(
+            "Calibration text needs a tokenizer, and the model has no name to find it by; pass tokenizer."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"Calibration text needs a tokenizer; {str(name)!r} has none. Pass tokenizer.") from error
+
+
+def context_length(model: Any) -> int | None:
+    """Return the most tokens that the model reads at once, or None if its config sets no limit."""
+    if not hasattr(model, "config"):
+        return None
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 1:
+        return None
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts positions from behind it
+            return context - padding - 1
+    return context
+
+
+def check_context(model: Any, sequence_length: int) -> None:
+    """Raise `ValueError` when windows are longer than what the model reads at once."""
+    context = context_length(model)
+    if context is not None and sequence_length > context:
+        raise ValueError(
+            f"sequence_length={sequence_length} was asked; {type(model).__name__} has a context of {context} tokens. "
+            f"Use sequence_length={context} or less."
+        )
+
+
+def check_token_ids(ids: Tensor, model: Any) -> None:
+    """Raise `ValueError` when an id has no row among the model's token embeddings, if it has any."""
+    find = getattr(model, "get_input_embeddings", None)
+    weight = getattr(find(), "weight", None) if find else None
+    if weight is None or not ids.numel() or (ids.min() >= 0 and ids.max() < len(weight)):
+        return
+    wrong = int(ids.min() if ids.min() < 0 else ids.max())
+    raise ValueError(
+        f"The tokenizer does not match the model: a token id is {wrong}, and {type(model).__name__} has "
+        f"{len(weight)} token embeddings. Use the tokenizer of this model."
+    )
+
+
+def end_of_line_or_word(text: str, position: int, reach: int) -> int:
+    """Return where a line, or else a word, ends at most `reach` characters before `position`, or else `position`."""
+    for separator in ("\n", " "):
+        found = text.rfind(separator, max(position - reach, 0), position)
+        if found >= 0:
+            return found + 1
+    return position
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
+    """Return what stands before a window, between two documents, and after a window."""
+    start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+    between = end if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    between = [] if between is None else [between]
+    if start is not None and end is not None:
+        return [start], between, [end]
+    start = tokenizer.bos_token_id
+    return ([start] if start is not None and tokenizer("")["input_ids"][:1] == [start] else []), between, []
+
+
+def _pieces(documents: Iterable[str], size: int, rng: random.Random) -> Iterator[str]:
+    """Yield a random piece of each document in turn, then all other pieces in random order."""
+    rest: list[str] = []
+    for document in documents:
+        first, *others = rng.sample(pieces := list(_cut(document, size)), len(pieces)) or [""]
+        rest += others
+        yield first
+    rng.shuffle(rest)
+    yield from rest
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `size` characters, at the ends of lines or words."""
+    start = 0
+    while start < len(text):
+        last = start + size >= len(text)
+        end = len(text) if last else end_of_line_or_word(text, start + size, size // 4)
+        yield text[start:end]
+        start = end
