@@ -1,0 +1,122 @@
+"""One-shot pruning on a real model: every method, with and without refit and block matching, and the default.
+
+    python benchmarks/one_shot.py smollm2                # all rows of a model; a GPU is taken where there is one
+    python benchmarks/one_shot.py smollm2 --rows default # some rows: names, or the first words of them
+    python benchmarks/one_shot.py --collect              # results/one_shot_NAME.json from the rows of all runs
+
+Each row is appended to results/one_shot_NAME.jsonl as soon as it is there, so that several processes can share the
+work. The models and data come from one_shot_bundles.py.
+"""
+
+import argparse
+import copy
+import json
+import time
+
+import torch
+from common import RESULTS, conditions
+from one_shot_data import MODELS, load
+from transformers.utils import logging
+
+from hf_sparse24 import Sparse24Config, pack_, prune_
+
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+OFF = {"refit": False, "match_blocks": False, "distill": False}
+
+
+def requests(calibration):
+    """Return the config of each row and the name of its calibration data."""
+    first, *others = calibration
+    rows = {}
+    for method in METHODS:
+        rows[method] = ({"method": method, **OFF}, first)
+        rows[f"{method} + symmetric refit"] = ({"method": method, **OFF, "refit": "symmetric"}, first)
+        rows[f"{method} + refit"] = ({"method": method, **OFF, "refit": True}, first)
+        rows[f"{method} + refit + matching"] = ({"method": method, **OFF, "refit": True, "match_blocks": True}, first)
+    rows["magnitude"] = ({"method": "magnitude"}, None)
+    everything = {"method": "auto", "match_blocks": True, "distill": True}
+    rows["default"] = (everything, first)
+    for name in others:
+        rows[f"sparsegpt, {name}"] = ({"method": "sparsegpt", **OFF}, name)
+        rows[f"default, {name}"] = (everything, name)
+    return rows
+
+
+def measure(name, row, request, data, folder):
+    """Prune, evaluate, and for the default quantize on top; append one line a model."""
+    bundle = load(name, folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = bundle["model"]().to(device)
+    started = time.perf_counter()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    config = Sparse24Config(**request, num_samples=128 if data == "self" else 4096)  # of batches: all there are
+    calibration = "self" if data == "self" else bundle["calibration"].get(data)
+    report = prune_(model, config, calibration)
+    seconds = time.perf_counter() - started
+    facts = {
+        "row": row,
+        "calibration": data,
+        "seconds": round(seconds, 1),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
+        "violating_groups": report.totals["violating_groups"],
+        "recipe": model.config.sparse24.get("calibration", {}),
+    }
+    append(name, facts | scores(bundle, model))
+    if row == "default":
+        for quantization in ("int8", "fp8"):
+            packed = copy.deepcopy(model)
+            pack_(packed, quantization=quantization, backend="reference")
+            append(name, {"row": f"default, {quantization}", "calibration": data} | scores(bundle, packed))
+            del packed
+
+
+def scores(bundle, model):
+    return {key: round(float(evaluate(model)), 4) for key, evaluate in bundle["evaluations"].items()}
+
+
+def append(name, facts):
+    line = json.dumps(facts)
+    print(line, flush=True)
+    with (RESULTS / f"one_shot_{name}.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+def collect():
+    """Turn the lines of all runs into one file a model, with the conditions, the dense model and a ratio to it."""
+    for file in sorted(RESULTS.glob("one_shot_*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = {line.pop("row"): line for line in lines}
+        conditions_of_run = rows.pop("conditions", {})
+        dense = rows.pop("dense")
+        table = [{"row": "dense", **dense}, *({"row": row, **facts} for row, facts in rows.items())]
+        text = json.dumps({"conditions": conditions_of_run, "rows": table}, indent=1)
+        file.with_suffix(".json").write_text(text + "\n")
+        file.unlink()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=("smollm2", "minilm", "whisper", "dinov2"))
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--exact", action="store_true", help="take rows by their whole name")
+    parser.add_argument("--folder", default=MODELS)
+    parser.add_argument("--collect", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.collect:
+        collect()
+        return
+    logging.disable_progress_bar()
+    bundle = load(arguments.model, arguments.folder)
+    wanted = requests([*bundle["calibration"], *(["self"] if arguments.model == "smollm2" else [])])
+    if not arguments.rows or "dense" in arguments.rows:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        append(arguments.model, {"row": "conditions", **conditions()})
+        append(arguments.model, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)))
+    for row, (request, data) in wanted.items():
+        if not arguments.rows or row in arguments.rows:
+            measure(arguments.model, row, request, data, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
