@@ -5,7 +5,7 @@
 | name | calibration | test, of which nothing is in the calibration |
 |---|---|---|
 | smollm2 | windows of 1024 tokens: 128 of BBC, 128 and 512 of a mixture | 32 windows of each of three kinds of text |
-| minilm | 256 BBC articles of 128 tokens | 1000 others: find the article for its headline |
+| minilm | 1024 BBC articles of 128 tokens | 1000 others: find the article for its headline |
 | whisper | 80 clips of SOTU before 1970 in 4 synthetic voices | 20 of SOTU since 1990 in a 5th; 3 of unknown origin |
 | dinov2 | 64 crops of every other photo | 64 crops of the rest of the photos |
 
@@ -106,7 +106,7 @@ def build_minilm(folder: Path) -> Batch:
     add("queries", headlines[:1000], 64)
     add("documents", bodies[:1000], 64)
     long = [body for body in bodies[1000:] if len(tokenizer.tokenize(body[:2000])) >= 126]
-    add("calibration", long[:256], 128)
+    add("calibration", long[:1024], 128)
     return data
 
 

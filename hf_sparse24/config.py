@@ -66,7 +66,8 @@ class Sparse24Config(QuantizationConfigMixin):
         match_blocks (`bool`, *optional*): train each pruned block for a moment against the dense one. None: on a GPU,
             where there are calibration data.
         distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 16
-            bytes a weight. None: wherever blocks are matched and `method` is "auto".
+            bytes a weight, where the model lives. None: wherever blocks are matched, `method` is "auto" and
+            `calibration_device` is None.
         calibration_device (`str`, *optional*): where each block is pruned in its turn, for a model that lives on the
             CPU. None: where the model is.
         progress_folder (`str`, *optional*): keeps finished blocks, so that the same call goes on where it stopped.
@@ -227,6 +228,7 @@ class Sparse24Config(QuantizationConfigMixin):
         for key in ("match_blocks", "distill"):
             _check_choice(key, getattr(self, key), (None, True, False))
         _check_choice("pack", self.pack, (True, False))
+        _check_device("calibration_device", self.calibration_device)
         for key in ("num_samples", "sequence_length", "batch_size"):
             _check_integer(key, getattr(self, key), 1)
         _check_integer("seed", self.seed, 0)
@@ -256,6 +258,13 @@ def _check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
 def _check_integer(key: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{key} must be an integer of at least {least}; got {value!r}.")
+
+
+def _check_device(key: str, value: Any) -> None:
+    try:
+        torch.device(value or "cpu")
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{key} must be a device such as 'cuda' or 'cuda:1'; got {value!r}.") from None
 
 
 def _check_names(key: str, value: Any) -> None:

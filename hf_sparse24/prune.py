@@ -1,5 +1,7 @@
 """`prune_`: choose the projections of a model, choose their weights, write the zeros, say what was done."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,8 +10,8 @@ from transformers.utils import logging
 
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
-from hf_sparse24.calibration.progress import Progress, fingerprint
-from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_
+from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
+from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_, why_not_distilled_at_the_end
 from hf_sparse24.calibration.text import calibration_batches
 from hf_sparse24.config import CALIBRATED_METHODS, Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
@@ -21,7 +23,10 @@ from hf_sparse24.selection import Selection, Target, select
 
 logger = logging.get_logger(__name__)
 
+_ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "calibration_device", "progress_folder")
+
 DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
+BYTES_A_DISTILLED_WEIGHT = 20  # in float32: the weight, its gradient, Adam's two moments, the best state so far
 
 
 @torch.no_grad()
@@ -86,19 +91,55 @@ def prune_calibrated_(
         data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
     )
     recipe = recipe_of(config, method, config.calibration_device or next(model.parameters()).device)
+    reason = _why_not_distilled(model, selection, batches) if recipe.distillation is not None else None
+    if reason is not None and config.distill:
+        raise ValueError(f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False.")
+    if reason is not None:
+        logger.warning(f"{type(model).__name__} is pruned without distillation: {reason}.")
+        recipe = replace(recipe, distillation=None)
     facts = {**config.describe_data(data), **recipe.facts()}
-    progress = None
-    if config.progress_folder is not None:
-        names = [target.name for target in selection.targets]
-        progress = Progress(config.progress_folder, {**facts, "targets": names, "data": fingerprint(batches)})
+    progress = _progress(model, selection, config.progress_folder, facts, recipe, batches)
     walked = prune_sequentially_(model, selection, batches, recipe, config.calibration_device, progress)
     return {**facts, **walked.facts()}
+
+
+def _why_not_distilled(model: nn.Module, selection: Selection, batches: Sequence[dict[str, Any]]) -> str | None:
+    """Return why a model cannot be distilled after the walk, where it is, or None."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        weights = [getattr(model.get_submodule(t.module_name), t.parameter).numel() for t in selection.targets]
+        needed, free = sum(weights) * BYTES_A_DISTILLED_WEIGHT, torch.cuda.mem_get_info(device)[0]
+        if needed > free * 0.7:  # the rest is for activations
+            return f"it takes {needed / 1e9:.0f} GB beside the activations, of {free / 1e9:.0f} GB that are free"
+    return why_not_distilled_at_the_end(model, selection, batches)
+
+
+def _progress(
+    model: nn.Module,
+    selection: Selection,
+    folder: str | None,
+    facts: dict[str, Any],
+    recipe: Recipe,
+    batches: Sequence[dict[str, Any]],
+) -> Progress | None:
+    if folder is None:
+        return None
+    description = {
+        **facts,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "targets": [target.name for target in selection.targets],
+        "data": fingerprint_data(batches),
+        "model": fingerprint_model(model),
+    }
+    return Progress(folder, description)
 
 
 def recipe_of(config: Sparse24Config, method: str, device: torch.device | str) -> Recipe:
     """Return the recipe that a config asks for, with what it leaves open filled in for a device."""
     matches = torch.device(device).type == "cuda" if config.match_blocks is None else config.match_blocks
-    distills = matches and config.method == "auto" if config.distill is None else config.distill
+    at_home = config.calibration_device is None  # a model that lives on the CPU would be distilled there
+    distills = matches and config.method == "auto" and at_home if config.distill is None else config.distill
     refit = "asymmetric" if config.refit in (None, True) else config.refit
     return Recipe(
         method=method,
@@ -137,13 +178,16 @@ def find_violating(model: nn.Module, selection: Selection) -> Target | None:
 
 
 def check_method(config: Sparse24Config, calibration: Any = None) -> None:
-    """Raise `ValueError` when a config asks for what needs calibration data and there are none."""
+    """Raise `ValueError` when a config asks for calibration without data, or for a GPU that is not there."""
+    if torch.device(config.calibration_device or "cpu").type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"calibration_device={config.calibration_device!r} was asked for and torch sees no CUDA device. "
+            "Leave it out to prune where the model is."
+        )
     if calibration is not None or config.dataset is not None:
         return
     asked = [f"method={config.method!r}"] if config.method in CALIBRATED_METHODS else []
-    asked += [
-        f"{key}={getattr(config, key)!r}" for key in ("refit", "match_blocks", "distill") if getattr(config, key)
-    ]
+    asked += [f"{key}={getattr(config, key)!r}" for key in _ONLY_WITH_DATA if getattr(config, key)]
     if asked:
         raise ValueError(
             f"{asked[0]} needs calibration data; pass dataset=... (dataset='self' lets the model write its own), "

@@ -50,11 +50,26 @@ class SparsityRow:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SparsityReport:
-    """The rows of a model, in the order of its modules, and their totals."""
+    """The rows of a model, in the order of its modules, their totals, and what is to be known of how it was pruned.
+
+    Attributes:
+        rows (`tuple[SparsityRow, ...]`): every matrix.
+        notes (`tuple[str, ...]`): one sentence each: a damping that had to be raised, what training brought.
+    """
 
     rows: tuple[SparsityRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the totals in one line; `print_sparsity_report` shows the rows."""
+        totals = self.totals
+        return (
+            f"SparsityReport({totals['matrices_2to4']} of {totals['matrices']} matrices 2:4, "
+            f"{_megabytes(totals['bytes_dense'])} -> {_megabytes(totals['bytes_stored'])}, "
+            f"violating groups: {totals['violating_groups']})"
+        )
 
     @property
     def sparse_rows(self) -> tuple[SparsityRow, ...]:
@@ -76,8 +91,8 @@ class SparsityReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return rows and totals as plain values."""
-        return {"rows": [asdict(row) for row in self.rows], "totals": self.totals}
+        """Return rows, totals and notes as plain values."""
+        return {"rows": [asdict(row) for row in self.rows], "totals": self.totals, "notes": list(self.notes)}
 
     def to_json(self) -> str:
         """Return `to_dict` as JSON text."""
@@ -108,7 +123,7 @@ def sparsity_report(
         module = model.get_submodule(matrix.module_name)
         row = _packed_row(matrix.name, module) if isinstance(module, Sparse24Linear) else _dense_row(matrix, module)
         rows.append(row)
-    return SparsityReport(tuple(rows))
+    return SparsityReport(tuple(rows), _notes(record.get("calibration", {})))
 
 
 def print_sparsity_report(report: SparsityReport | nn.Module, console: Console | None = None) -> None:
@@ -127,15 +142,17 @@ def print_sparsity_report(report: SparsityReport | nn.Module, console: Console |
         f"{_megabytes(sparse)} stored{ratio}; whole model {_megabytes(totals['bytes_dense'])} -> "
         f"{_megabytes(totals['bytes_stored'])}; violating groups: {totals['violating_groups']}"
     )
+    for note in report.notes:
+        console.print(note, highlight=False)
 
 
 def report_table(report: SparsityReport) -> Table:
     """Build the rich table of a report."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("matrix", overflow="fold", ratio=1)
+    table.add_column("matrix", no_wrap=True, overflow="ellipsis")
     for title in ("n", "shape", "dtype", "state", "density", "MB"):
         table.add_column(title, justify="right" if title in ("n", "density", "MB") else "left", no_wrap=True)
-    table.add_column("kept dense because", overflow="fold", max_width=24)
+    table.add_column("kept dense because", overflow="fold")
     groups: dict[tuple[Any, ...], list[SparsityRow]] = {}
     for row in report.rows:
         pattern = re.sub(r"\.\d+\.", ".*.", row.name)
@@ -154,6 +171,25 @@ def report_table(report: SparsityReport) -> Table:
             reason or "",
         )
     return table
+
+
+def _notes(calibration: dict[str, Any]) -> tuple[str, ...]:
+    """Say what the record of a calibrated model holds beside the request."""
+    notes = []
+    raised = calibration.get("raised_dampening")
+    if raised:
+        name, dampening = max(raised.items(), key=lambda item: item[1])
+        notes.append(
+            f"The Hessian of {len(raised)} projections was not positive definite as it came; the dampening was "
+            f"raised, most for {name}, to {dampening:g}."
+        )
+    for key, what in (
+        ("matched", "Block matching took the mean squared error of the blocks, relative and held out,"),
+        ("distilled", "Distillation took the divergence from the dense model, held out,"),
+    ):
+        if calibration.get(key):
+            notes.append(f"{what} from {calibration[key]['before']:.4g} to {calibration[key]['after']:.4g}.")
+    return tuple(notes)
 
 
 def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:

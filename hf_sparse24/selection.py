@@ -179,6 +179,11 @@ def role_of(name: str) -> str | None:
     return _OUTSIDE.get(leaf) or _OUTSIDE.get(".".join(inner.split(".")[-2:]))
 
 
+def is_router(name: str, module: nn.Module) -> bool:
+    """Tell from its path and type whether a module chooses between experts."""
+    return bool(_ROUTER.search(name.rpartition(".")[2])) or "Router" in type(module).__name__
+
+
 def _path_inside_layer(name: str) -> str | None:
     """Return what follows the first number of a path, or None outside the numbered layers."""
     match = re.search(r"(?:^|\.)\d+\.(.+)$", name)
@@ -209,12 +214,11 @@ def _input_dim(module: nn.Module) -> int:
 
 def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Tensor) -> str | None:
     """Why this matrix can never become 2:4, whatever the user asks."""
-    leaf = name.rpartition(".")[2]
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
-    if _ROUTER.search(leaf) or "Router" in type(module).__name__:
+    if is_router(name, module):
         return "router"
     if hasattr(module, "weight_indices"):
         return "already packed"

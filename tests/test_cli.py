@@ -75,6 +75,9 @@ def test_no_pack_and_exclusions(cli, source, tmp_path):
         (["--target-modules", "up_porj"], "Near matches: up_proj"),
         (["--method", "sparsegpt"], "needs calibration data"),
         (["--quantization", "int8", "--no-pack"], "needs pack=True"),
+        (["--match-blocks"], "match_blocks=True needs calibration data"),
+        (["--dataset", "missing.txt"], "missing.txt"),
+        (["--device", "abacus"], "abacus"),
     ],
 )
 def test_bad_input_is_one_line_without_a_traceback_and_leaves_nothing(cli, source, tmp_path, arguments, message):
@@ -141,6 +144,37 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(" ".join(f"w{(7 * line + word) % 90}" for word in range(20)) for line in range(100)))
     return path
+
+
+def test_prune_on_a_text_file(cli, tiny_llama_folder, tokenizer, text, tmp_path):
+    code, out, err = cli(
+        "prune", tiny_llama_folder, tmp_path / "out", "--dataset", text, "--num-samples", 8, "--sequence-length", 16,
+        "--no-match-blocks", "--device", "cpu", "--quantization", "int8", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["totals"]["matrices_2to4"] == 14
+    described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert described["method"] == "alps"
+    facts = described["produced_by"]["calibration"]
+    assert (facts["dataset"], facts["num_samples"], facts["sequence_length"]) == (str(text), 8, 16)
+    assert facts["matching"] is None
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def load(name, dtype, **kwargs):
+        seen.append(kwargs)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("hf_sparse24.cli._load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for arguments in ((), ("--match-blocks", "--device", "cpu"), ("--no-match-blocks", "--dataset", "self")):
+        assert "enough" in cli("prune", tiny_llama_folder, tmp_path / "out", *arguments)[2]
+    assert [kwargs["device_map"] for kwargs in seen] == ["cuda", "cpu", "cuda"]
+    assert [kwargs["quantization_config"].match_blocks for kwargs in seen] == [None, True, False]
+    assert [kwargs["quantization_config"].dataset for kwargs in seen] == [None, None, "self"]
 
 
 def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama, tokenizer, text):

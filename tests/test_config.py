@@ -1,6 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
 from hf_sparse24 import Sparse24Config
 from hf_sparse24.config import QUANT_METHOD
@@ -35,6 +37,9 @@ def test_defaults_are_those_of_the_documentation():
         {"quantization": "int8", "modules_to_not_convert": ["down_proj"]},
         {"pack": False, "target_modules": r".*q_proj", "seed": 7},
         {"method": "sparsegpt", "dataset": "wikitext", "tokenizer": "gpt2", "dampening": 0.1, "refit": True},
+        {"method": "magnitude", "dataset": "wikitext", "refit": "symmetric"},
+        {"match_blocks": False, "distill": True, "calibration_device": "cuda:1", "progress_folder": "blocks"},
+        {"method": "alps"},  # the data may come later, as calibration=... of prune_
     ],
 )
 def test_a_request_survives_json(request_):
@@ -65,11 +70,25 @@ def test_objects_never_end_in_the_file():
     assert config.to_dict()["dataset"] == "list of 2 items"
     assert config.to_dict()["tokenizer"] == "my/tokenizer"
     assert Sparse24Config.from_dict(config.to_dict()).to_dict() == config.to_dict()
-    record = config.record("wanda", ["q"])
+    record = config.record("wanda", ["q"], config.describe_data())
     assert record["calibration"]["dataset"] == "list of 2 items"
     assert record["calibration"]["tokenizer"] == "my/tokenizer"
     assert record["versions"]["hf_sparse24"] == __version__
-    json.dumps(record)
+    assert json.loads(json.dumps(record)) == record
+    assert config.describe_data([torch.zeros(1)])["dataset"] == "list of 1 items"
+    assert config.describe_data([("self", 2), ("book.txt", 1)])["dataset"] == [["self", 2], ["book.txt", 1]]
+    assert "calibration" not in config.record("wanda", ["q"])
+
+
+def test_a_folder_may_be_a_path_and_is_recorded_as_text():
+    config = Sparse24Config(progress_folder=Path("some") / "where")
+    assert config.to_dict()["progress_folder"] == str(Path("some/where"))
+    json.dumps(config.to_dict())
+
+
+def test_what_is_left_open_is_none():
+    config = Sparse24Config()
+    assert (config.match_blocks, config.distill, config.calibration_device, config.progress_folder) == (None,) * 4
 
 
 def test_the_callers_lists_are_copied():
@@ -95,9 +114,10 @@ BAD = {
     "names": ({"modules_to_not_convert": "down_proj"}, "modules_to_not_convert must be a non-empty list"),
     "name types": ({"modules_to_not_convert": [1]}, "non-empty list of module names"),
     "quantization without packing": ({"quantization": "int8", "pack": False}, "needs pack=True"),
-    "no data": ({"method": "alps"}, "method='alps' needs calibration data"),
-    "data for magnitude": ({"method": "magnitude", "dataset": "c4"}, "uses no calibration data"),
-    "refit without data": ({"refit": True}, "refit=True needs calibration data"),
+    "refit by name": ({"refit": "both"}, "refit must be one of None, True, False, 'symmetric', 'asymmetric'"),
+    "matching": ({"match_blocks": "yes"}, "match_blocks must be one of None, True, False; got 'yes'"),
+    "distilling": ({"distill": 1}, "distill must be one of None, True, False; got 1"),
+    "device": ({"calibration_device": "gpu"}, "calibration_device must be a device such as 'cuda' .* got 'gpu'"),
     "another quantizer": ({"quant_method": "gptq"}, "needs quant_method 'sparse24'; got 'gptq'"),
     "another format": ({"format_version": 2}, "has packed format 2; .* reads format 1"),
 }

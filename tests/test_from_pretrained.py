@@ -9,11 +9,21 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import hf_sparse24
 from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, sparsity_report, unpack_
+from hf_sparse24.calibration.fitting import Schedule
+from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.pattern import find_violations, prune_2to4
+from hf_sparse24.prune import recipe_of
 from hf_sparse24.selection import select
 from tests.families import FAMILIES, build, inputs
 
@@ -277,6 +287,127 @@ def test_generate(tiny_llama_folder, tmp_path, magnitude, tokens):
     assert model.generate(tokens, **settings).shape == (2, 14)
 
 
+def calibrated(method="alps", **kwargs):
+    """A request that a CPU answers at once."""
+    torch.manual_seed(7)
+    batches = [torch.randint(0, 96, (4, 16)) for _ in range(3)]
+    return Sparse24Config(**{"method": method, "dataset": batches, "match_blocks": False} | kwargs)
+
+
+class TestCalibrated:
+    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    @pytest.mark.parametrize("method", ["auto", "magnitude", "wanda", "sparsegpt"])
+    def test_token_batches_prune_pack_and_reload_bit_equal(
+        self, tiny_llama_folder, tmp_path, tokens, method, quantization
+    ):
+        config = calibrated(method, quantization=quantization)
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+        model.save_pretrained(tmp_path / "packed")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        assert_same_model(model, again)
+        assert torch.equal(model(tokens).logits, again(tokens).logits)
+        again.save_pretrained(tmp_path / "again")
+        assert digests(tmp_path / "packed") == digests(tmp_path / "again")
+        described = config_of(tmp_path / "packed")["quantization_config"]
+        assert described["method"] == ("alps" if method == "auto" else method)
+        assert described["produced_by"]["calibration"] == {
+            "dataset": "list of 3 items",
+            "tokenizer": None,
+            "num_samples": 128,
+            "sequence_length": 1024,
+            "refit": "asymmetric",
+            "dampening": 0.01,
+            "matching": None,
+            "distillation": None,
+        }
+
+    def test_strings_and_a_tokenizer(self, tiny_llama_folder, tmp_path):
+        words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(90)}, unk_token="w0"))
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1")
+        texts = [" ".join(f"w{(7 * line + word) % 90}" for word in range(40)) for line in range(20)]
+        request = {"dataset": texts, "tokenizer": tokenizer, "num_samples": 8, "sequence_length": 16}
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=calibrated(**request))
+        model.save_pretrained(tmp_path / "packed")
+        assert_same_model(model, LlamaForCausalLM.from_pretrained(tmp_path / "packed"))
+        facts = config_of(tmp_path / "packed")["quantization_config"]["produced_by"]["calibration"]
+        assert facts["dataset"] == "list of 20 items"
+        assert facts["tokenizer"] == f"{type(tokenizer).__name__} of 90 items"
+        assert (facts["num_samples"], facts["sequence_length"]) == (8, 16)
+
+    @pytest.mark.parametrize("method", ["alps", "magnitude"])
+    def test_pruning_in_memory_equals_pruning_on_load(self, tiny_llama, tiny_llama_folder, method):
+        config = calibrated(method, pack=False)
+        loaded = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+        data, config.dataset = config.dataset, None
+        report = prune_(tiny_llama, config, data)
+        assert len(report.sparse_rows) == 14
+        assert_same_model(tiny_llama, loaded)
+        assert tiny_llama.config.sparse24 == loaded.config.sparse24
+        json.dumps(loaded.config.sparse24)
+
+    def test_magnitude_with_data_keeps_its_mask_and_refits(self, tiny_llama_folder, magnitude):
+        plain, refitted, kept = (
+            LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+            for config in (
+                magnitude(pack=False),
+                calibrated("magnitude", pack=False),
+                calibrated("magnitude", pack=False, refit=False),
+            )
+        )
+        assert_same_model(plain, kept)
+        for target in select(plain).targets:
+            weight, other = (model.get_parameter(f"{target.name}.weight") for model in (plain, refitted))
+            assert torch.equal(weight != 0, other != 0)
+            assert not torch.equal(weight, other)
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_tensors_of_the_caller_are_not_written_to(self, tiny_llama, tmp_path, resumed):
+        state = {key: value.clone() for key, value in tiny_llama.state_dict().items()}
+        before = {key: value.clone() for key, value in state.items()}
+        config = calibrated(match_blocks=True, progress_folder=tmp_path / "blocks", pack=False)
+        for _ in range(1 + resumed):
+            arguments = {"config": copy.deepcopy(tiny_llama.config), "state_dict": state}
+            model = LlamaForCausalLM.from_pretrained(None, **arguments, quantization_config=config)
+            assert sparsity_report(model).totals["matrices_2to4"] == 14
+            assert all(torch.equal(state[key], before[key]) for key in before)
+
+    def test_what_training_did_is_recorded(self, tiny_llama_folder, monkeypatch):
+        monkeypatch.setattr("hf_sparse24.prune.Matching", lambda: Matching(steps=2, learning_rate=1e-3))
+        monkeypatch.setattr("hf_sparse24.prune.DISTILLATION", Schedule(steps=2, learning_rate=1e-3))
+        config = calibrated("auto", match_blocks=True, pack=False)
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
+        facts = model.config.sparse24["calibration"]
+        assert facts["matching"]["steps"] == facts["distillation"]["steps"] == 2
+        for key in ("matched", "distilled"):
+            assert facts[key]["after"] <= facts[key]["before"]
+        json.dumps(facts)
+
+    @pytest.mark.parametrize(
+        ("request_", "device", "matches", "distills"),
+        [
+            ({"method": "auto"}, "cuda", True, True),
+            ({"method": "auto"}, "cpu", False, False),
+            ({"method": "alps"}, "cuda", True, False),
+            ({"method": "auto", "match_blocks": False}, "cuda", False, False),
+            ({"method": "auto", "match_blocks": True}, "cpu", True, True),
+            ({"method": "auto", "distill": False}, "cuda", True, False),
+            ({"method": "wanda", "distill": True}, "cpu", False, True),
+            ({"method": "auto", "calibration_device": "cuda"}, "cuda", True, False),  # it would train on the CPU
+        ],
+    )
+    def test_what_is_left_open_is_filled_in_for_the_device(self, request_, device, matches, distills):
+        recipe = recipe_of(Sparse24Config(**request_), "alps", device)
+        assert (recipe.matching is not None, recipe.distillation is not None) == (matches, distills)
+
+    @pytest.mark.parametrize(
+        ("refit", "expected"),
+        [(None, "asymmetric"), (True, "asymmetric"), ("symmetric", "symmetric"), (False, None)],
+    )
+    def test_refit_by_default_is_the_asymmetric_one(self, refit, expected):
+        assert recipe_of(Sparse24Config(refit=refit), "alps", "cpu").refit == expected
+
+
 class TestRefused:
     def test_disk_offload(self, tiny_llama_folder, magnitude):
         for device_map in ({"": "disk"}, {"model.layers.0": "cpu", "": "disk"}):
@@ -292,10 +423,29 @@ class TestRefused:
         with pytest.raises(ValueError, match="quantized with GPTQConfig but you are passing a Sparse24Config"):
             LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
 
-    @pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "alps", "auto"])
-    def test_methods_that_come_later(self, tiny_llama_folder, method):
-        config = Sparse24Config(method=method, dataset="wikitext")
-        with pytest.raises(NotImplementedError, match=f"method='{method}' with calibration data is not available yet"):
+    WITHOUT_DATA = [
+        {"method": "wanda"}, {"method": "ria"}, {"method": "sparsegpt"}, {"method": "alps"}, {"refit": True},
+        {"match_blocks": True}, {"distill": True}, {"progress_folder": "blocks"}, {"calibration_device": "cpu"},
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("request_", WITHOUT_DATA, ids=str)
+    def test_what_needs_calibration_data_before_anything_is_loaded(self, tiny_llama_folder, tiny_llama, request_):
+        (tiny_llama_folder / "model.safetensors").write_bytes(b"")
+        ((key, value),) = request_.items()
+        message = rf"^{key}='?{value}'? needs calibration data; pass dataset="
+        with pytest.raises(ValueError, match=message) as error:
+            LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=Sparse24Config(**request_))
+        assert "\n" not in str(error.value)
+        before = {key: value.clone() for key, value in tiny_llama.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            prune_(tiny_llama, Sparse24Config(**request_))
+        assert all(torch.equal(tiny_llama.state_dict()[key], value) for key, value in before.items())
+
+    def test_a_calibration_device_that_is_not_there(self, tiny_llama_folder, monkeypatch, tokens):
+        (tiny_llama_folder / "model.safetensors").write_bytes(b"")
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        config = Sparse24Config(dataset=[tokens], calibration_device="cuda")
+        with pytest.raises(ValueError, match="calibration_device='cuda' was asked for and torch sees no CUDA device"):
             LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=config)
 
     def test_a_backend_that_cannot_run(self, tiny_llama_folder, magnitude):

@@ -22,6 +22,8 @@ from transformers import Cache
 
 Batch = dict[str, Any]
 
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
 
 class StopForward(Exception):
     """Ends a forward pass whose remainder is not needed."""
@@ -71,7 +73,7 @@ class Stream:
         None where the batch has no mask of that shape. Inside a decoder the decoder's mask comes first.
         """
         keys = ["attention_mask", "decoder_attention_mask"]
-        if "encoder_hidden_states" in self._calls[index][name].kwargs:
+        if "decoder" in name.split("."):
             keys.reverse()
         for key in keys:
             mask = self._batches[index].get(key)
@@ -132,7 +134,7 @@ def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[li
 
     def left(name: str, output: Any) -> None:
         nonlocal written
-        written = hidden_of(output)
+        written = hidden_of(output).clone()  # what the model adds to it in place belongs to no block
 
     with _hooked(model, names, entered, left):
         _forward(model, batch)
@@ -256,7 +258,7 @@ def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, 
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Batch:
-    """Return a batch on the model's own device and in its own dtype, without a cache."""
+    """Return a batch on the model's own device and in its own dtype, without a cache and without labels."""
     parameter = next(model.parameters())
     inputs = {
         key: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -264,6 +266,12 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
     }
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
+    reads_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if reads_labels and "labels" in inputs and not any(key in inputs for key in _DECODER_INPUTS):
+        if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return inputs
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+    inputs.pop("labels", None)
     return inputs
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse24.calibration.blocks import Batch, Stream, block_names, hidden_of, model_inputs
-from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_
+from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_, mixed_precision
 from hf_sparse24.calibration.matching import trained_parameters
 
 
@@ -54,13 +54,41 @@ def distill_(
 
         handle = model.get_submodule(last_block).register_forward_hook(append_teacher)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with mixed_precision(device, teacher.hidden[index].dtype):
                 output = model(**model_inputs(model, batches[index]))
         finally:
             handle.remove()
         return _divergence(output, batches[index])
 
     return fit_(parameters, masks, loss, len(batches), schedule, seed)
+
+
+@torch.no_grad()
+def why_not_distilled(model: nn.Module, batch: Batch, last_block: str) -> str | None:
+    """Return why the dense model's hidden states cannot ride through the rest of a model, or None.
+
+    They cannot where two towers meet, or where the head looks for a token of its own for each sequence of the input.
+    """
+    rows = 0
+
+    def append_itself(block: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal rows
+        states = hidden_of(output)
+        rows = 2 * len(states)
+        both = torch.cat([states, states])
+        return both if isinstance(output, Tensor) else (both, *output[1:])
+
+    handle = model.get_submodule(last_block).register_forward_hook(append_itself)
+    try:
+        output = model(**model_inputs(model, batch))
+    except Exception as error:  # it ran before; whatever fails now fails for the doubled hidden states
+        return f"what follows {last_block} takes no second batch ({type(error).__name__})"
+    finally:
+        handle.remove()
+    states = output.get("logits", output.get("last_hidden_state"))
+    if not isinstance(states, Tensor) or len(states) != rows:
+        return f"the model's output does not follow from {last_block} alone"
+    return None
 
 
 def _divergence(output: Any, batch: Batch) -> Tensor:

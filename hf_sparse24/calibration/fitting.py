@@ -1,8 +1,9 @@
 """A short training under fixed masks, on the calibration batches: what block matching and distillation have in common.
 
 Weights are trained in float32 whatever the model's dtype, since one step is smaller than the last bit of a bfloat16
-weight; on a GPU the products are bfloat16. A mask takes pruned weights out of the gradient, so that Adam's moments for
-them stay zero and so do they. Some batches are held out and only choose the best state, which may be the first.
+weight; on a GPU, and for a model in 16 bits, the products are bfloat16. A mask takes pruned weights out of the
+gradient, so that Adam's moments for them stay zero and so do they. Some batches are held out and only choose the best
+state, which may be the first.
 """
 
 import math
@@ -81,6 +82,11 @@ def fit_(
             parameter.data = parameter.data.to(dtype)
 
 
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context in which a module of this dtype runs while some of its parameters are float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or dtype != torch.float32)
+
+
 def _train(
     parameters: Sequence[nn.Parameter],
     masks: Masks,
@@ -104,7 +110,8 @@ def _train(
         loss(queue.pop()).backward()
         _average_gradients(parameters)
         for parameter, mask in masks.items():
-            parameter.grad.mul_(mask)
+            if parameter.grad is not None:  # else this batch does not use it
+                parameter.grad.mul_(mask)
         optimizer.step()
         cosine.step()
         if step % epoch == 0 or step == schedule.steps:

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse24.calibration.blocks import Stream
-from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_
+from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_, mixed_precision
+from hf_sparse24.selection import is_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def match_block_(
     scale = sum(float(target.float().square().mean()) for target in targets) / len(targets)
 
     def loss(index: int) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(device, stream.hidden[index].dtype):
             output = stream.run(block, name, index)
         target = targets[index].to(device, non_blocking=True)
         kept = stream.kept_tokens(name, index, output.shape)
@@ -63,4 +64,10 @@ def match_block_(
 
 def trained_parameters(module: nn.Module, masks: Masks) -> list[nn.Parameter]:
     """Return what may be trained beside the pruned weights: norms and biases, but no router and no embedding."""
-    return [*masks, *(parameter for parameter in module.parameters() if parameter.ndim == 1)]
+    free = [
+        parameter
+        for name, owner in module.named_modules()
+        for parameter in owner.parameters(recurse=False)
+        if parameter.ndim == 1 and not is_router(name, owner)
+    ]
+    return [*masks, *free]

@@ -1,19 +1,26 @@
 """Finished blocks in a folder, so that an interrupted walk goes on where it stopped.
 
 One safetensors file a block, written whole or not at all, beside a description of the run. A run with another
-description (model, data, recipe) refuses the folder: its blocks would not fit together.
+description (model, data, recipe) refuses the folder: its blocks would not fit together. Under torch.distributed the
+first process writes and all read, so that the folder has to be one that they share.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 _DESCRIPTION = "run.json"
+_PARTIAL = ".partial"
+_FACTS = "facts"
+_SAMPLE = 64  # values of each parameter
 
 
 class Progress:
@@ -39,25 +46,33 @@ class Progress:
                     "Remove it, or name another progress_folder."
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty and holds no run of hf_sparse24; name another folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(description, indent=1))
+        # Another process of this run may be writing the same description at this moment.
+        others = {entry.name for entry in self.folder.iterdir() if entry.suffix != _PARTIAL}
+        if others and _DESCRIPTION not in others:
+            raise ValueError(f"{self.folder} is not empty and holds no run of hf_sparse24; name another folder.")
+        partial = self.folder / f"{os.getpid()}{_PARTIAL}"
+        partial.write_text(json.dumps(description, indent=1))
+        partial.replace(file)
 
     def has(self, name: str) -> bool:
         """Tell whether a block is finished."""
         return self._file(name).exists()
 
-    def load_(self, block: nn.Module, name: str) -> None:
-        """Put a finished block's tensors into it."""
-        device = next(block.parameters()).device
-        block.load_state_dict(load_file(self._file(name), device=str(device)))
+    def load_(self, block: nn.Module, name: str) -> dict[str, Any]:
+        """Put a finished block's tensors into it, in memory of their own, and return what is to be said of it."""
+        device = str(next(block.parameters()).device)
+        with safe_open(self._file(name), "pt", device=device) as file:
+            for key, tensor in block.state_dict(keep_vars=True).items():
+                tensor.data = file.get_tensor(key)
+            return json.loads(file.metadata()[_FACTS])
 
-    def save(self, block: nn.Module, name: str) -> None:
-        """Keep a finished block."""
-        partial = self._file(name).with_suffix(".partial")
-        save_file({key: tensor.contiguous() for key, tensor in block.state_dict().items()}, partial)
-        partial.rename(self._file(name))
+    def save(self, block: nn.Module, name: str, facts: dict[str, Any]) -> None:
+        """Keep a finished block, and what is to be said of it, in plain JSON values."""
+        partial = self._file(name).with_suffix(_PARTIAL)
+        tensors = {key: tensor.contiguous() for key, tensor in block.state_dict().items()}
+        save_file(tensors, partial, {_FACTS: json.dumps(facts)})
+        partial.replace(self._file(name))
 
     @property
     def finished(self) -> int:
@@ -68,12 +83,26 @@ class Progress:
         return self.folder / f"{name}.safetensors"
 
 
-def fingerprint(batches: Sequence[dict[str, Any]]) -> str:
+def fingerprint_data(batches: Sequence[dict[str, Any]]) -> str:
     """Return a digest of calibration batches, to tell one set from another."""
     digest = hashlib.sha256()
     for batch in batches:
         for key in sorted(batch):
             value = batch[key]
             digest.update(key.encode())
-            digest.update(value.cpu().contiguous().view(-1).numpy().tobytes() if isinstance(value, Tensor) else b"")
+            digest.update(_bytes(value) if isinstance(value, Tensor) else b"")
     return digest.hexdigest()[:16]
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """Return a digest of the beginning of every parameter, to tell one model from another and from a retrained one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_bytes(parameter.detach().flatten()[:_SAMPLE]))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    values = tensor.cpu().contiguous()
+    return f"{values.dtype}{tuple(values.shape)}".encode() + values.reshape(-1).view(torch.uint8).numpy().tobytes()

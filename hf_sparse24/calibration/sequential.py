@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_sparse24.calibration.blocks import Batch, Stream, block_names, block_of, find_chains, record
-from hf_sparse24.calibration.distillation import distill_
+from hf_sparse24.calibration.distillation import distill_, why_not_distilled
 from hf_sparse24.calibration.fitting import Fit, Masks, Schedule
 from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
 from hf_sparse24.calibration.matching import Matching, match_block_
@@ -76,6 +76,17 @@ class Walked:
     matched: dict[str, Fit] = field(default_factory=dict)
     distilled: Fit | None = None
 
+    def of_block(self, name: str) -> dict[str, Any]:
+        """Return what is to be said of one block, in plain JSON values."""
+        raised = {key: value for key, value in self.raised_dampening.items() if block_of(key) == name}
+        return {"raised_dampening": raised, "matched": asdict(self.matched[name]) if name in self.matched else None}
+
+    def add(self, name: str, facts: dict[str, Any]) -> None:
+        """Take over what `of_block` said of a block, in an earlier run."""
+        self.raised_dampening |= facts["raised_dampening"]
+        if facts["matched"]:
+            self.matched[name] = Fit(**facts["matched"])
+
     def facts(self) -> dict[str, Any]:
         """Return what the record of a model says of it, in plain JSON values: nothing of what did not happen."""
         facts = {"raised_dampening": self.raised_dampening, "distilled": self.distilled and asdict(self.distilled)}
@@ -117,25 +128,59 @@ def prune_sequentially_(
     walked, walker = Walked(), _Walker(model, selection, recipe, device, progress)
     with _set_for_walking(model):
         chains = find_chains(model, batches[0], names)
-        bar = logging.tqdm(total=len(names), desc="Pruning to 2:4", unit="block")
-        dense = record(model, batches, chains, walker.device) if recipe.follows_dense else None
-        for number, chain in enumerate(chains):
-            if number or dense is None:
-                (stream,) = record(model, batches, [chain], walker.device)
-            else:
-                stream = dense[0].copy()
-            walker.follow = None if dense is None else dense[number]
-            for name in chain:
-                bar.set_postfix_str(name)
-                walker.prune_block_(name, stream, walked)
-                bar.update()
-        bar.close()
-        if recipe.distillation is not None and walker.follow is not None:
-            walked.distilled = distill_(
-                model, walker.masks, batches, chains[-1][-1], walker.follow, recipe.distillation, recipe.seed
-            )
-            walker.verify()
+        with _told_when_interrupted(walker, [name for chain in chains for name in chain]) as bar:
+            _walk(walker, batches, chains, walked, bar)
+            if recipe.distillation is not None and walker.follow is not None:
+                walked.distilled = distill_(
+                    model, walker.masks, batches, chains[-1][-1], walker.follow, recipe.distillation, recipe.seed
+                )
+                walker.verify()
     return walked
+
+
+@torch.no_grad()
+def why_not_distilled_at_the_end(model: nn.Module, selection: Selection, batches: Sequence[Batch]) -> str | None:
+    """Return why a model cannot be distilled after the walk, or None."""
+    names = block_names(model, [target.name for target in selection.targets])
+    with _set_for_walking(model):
+        chains = find_chains(model, batches[0], names)
+        return why_not_distilled(model, batches[0], chains[-1][-1])
+
+
+def _walk(walker: "_Walker", batches: Sequence[Batch], chains: Sequence[list[str]], walked: Walked, bar: Any) -> None:
+    """Prune all blocks, chain by chain."""
+    dense = record(walker.model, batches, chains, walker.device) if walker.recipe.follows_dense else None
+    for number, chain in enumerate(chains):
+        if number or dense is None:
+            (stream,) = record(walker.model, batches, [chain], walker.device)
+        else:
+            stream = dense[0].copy()
+        walker.follow = None if dense is None else dense[number]
+        for name in chain:
+            bar.set_postfix_str(name)
+            walker.prune_block_(name, stream, walked)
+            walker.finished += 1
+            bar.update()
+
+
+@contextmanager
+def _told_when_interrupted(walker: "_Walker", names: Sequence[str]) -> Iterator[Any]:
+    """Yield a progress bar over the blocks, and where the walk is left early say how far it came."""
+    bar = logging.tqdm(total=len(names), desc="Pruning to 2:4", unit="block")
+    try:
+        yield bar
+    except BaseException as error:
+        where = [*names, "the distillation"][walker.finished]
+        folder = "..." if walker.progress is None else repr(str(walker.progress.folder))
+        kept = "not kept: pass" if walker.progress is None else "kept: load the model anew and repeat the call with"
+        then = "next time, to go on where it stops" if walker.progress is None else "to go on from there"
+        logger.warning(
+            f"Pruning stopped in {where} ({type(error).__name__}), and the model is pruned in part. "
+            f"{walker.finished} of {len(names)} blocks are finished and {kept} progress_folder={folder} {then}."
+        )
+        raise
+    finally:
+        bar.close()
 
 
 class _Walker:
@@ -154,6 +199,7 @@ class _Walker:
         asked = None if device is None else torch.device(device)
         self.device = None if asked is None or asked == home else asked
         self.follow: Stream | None = None
+        self.finished = 0
         self.masks: Masks = {}
         self.targets: dict[str, list[Target]] = {}
         for target in selection.targets:
@@ -165,19 +211,22 @@ class _Walker:
         home = next(block.parameters()).device
         if self.device is not None:
             block.to(self.device)
-        dense = copy.deepcopy(block) if self.recipe.follows_dense or self.recipe.matching else None
-        if self.progress is not None and self.progress.has(name):
-            self.progress.load_(block, name)
+        try:
+            dense = copy.deepcopy(block) if self.recipe.follows_dense or self.recipe.matching else None
+            if self.progress is not None and self.progress.has(name):
+                walked.add(name, self.progress.load_(block, name))
+            elif name in self.targets:
+                self._prune_(block, name, stream, dense, walked)
+                if self.progress is not None and _is_first_process():
+                    self.progress.save(block, name, walked.of_block(name))
+            if self.follow is not None and dense is not None:
+                self.follow.hidden = self.follow.outputs(dense, name)
+            stream.hidden = stream.outputs(block, name)
+        finally:
+            if self.device is not None:
+                block.to(home)
+        if self.recipe.distillation is not None:
             self._take_masks(name)
-        elif name in self.targets:
-            self._prune_(block, name, stream, dense, walked)
-            if self.progress is not None and _is_first_process():
-                self.progress.save(block, name)
-        if self.follow is not None and dense is not None:
-            self.follow.hidden = self.follow.outputs(dense, name)
-        stream.hidden = stream.outputs(block, name)
-        if self.device is not None:
-            block.to(home)
 
     def _prune_(self, block: nn.Module, name: str, stream: Stream, dense: nn.Module | None, walked: Walked) -> None:
         masks: Masks = {}
@@ -186,8 +235,6 @@ class _Walker:
                 _write_(block, name, target, solution, masks)
                 if solution.dampening > self.recipe.dampening:
                     walked.raised_dampening[target.name] = solution.dampening
-        if self.recipe.distillation is not None:
-            self.masks |= masks
         if self.recipe.matching is not None:
             targets = self._targets_of_matching(name, stream, dense)
             walked.matched[name] = match_block_(
@@ -196,8 +243,8 @@ class _Walker:
         self.verify(name)
 
     def _take_masks(self, name: str) -> None:
-        """Read the masks of a block that was pruned before from its zeros."""
-        for target in self.targets.get(name, ()) if self.recipe.distillation is not None else ():
+        """Read the masks of a finished block from its zeros, so that a resumed walk has the same ones."""
+        for target in self.targets.get(name, ()):
             parameter = getattr(self.model.get_submodule(target.module_name), target.parameter)
             self.masks[parameter] = parameter != 0
 

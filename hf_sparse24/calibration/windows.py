@@ -89,8 +89,10 @@ def check_context(model: Any, sequence_length: int) -> None:
 
 def check_token_ids(ids: Tensor, model: Any) -> None:
     """Raise `ValueError` when an id has no row among the model's token embeddings, if it has any."""
-    find = getattr(model, "get_input_embeddings", None)
-    weight = getattr(find(), "weight", None) if find else None
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except (AttributeError, NotImplementedError):  # not a transformers model, or one of several towers
+        return
     if weight is None or not ids.numel() or (ids.min() >= 0 and ids.max() < len(weight)):
         return
     wrong = int(ids.min() if ids.min() < 0 else ids.max())

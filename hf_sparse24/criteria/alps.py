@@ -17,6 +17,7 @@ from hf_sparse24.pattern import mask_2to4, prune_2to4
 
 _FIRST_RHO = 0.1
 _CHECK_EVERY = 3
+_FEWEST, _STABLE = 30, 3e-4  # iterations, and the share of the support that may still move after them
 # By how much rho grows, by the share of the support that moved since the last check.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
@@ -45,7 +46,7 @@ def alps(objective: Objective, iterations: int = 60) -> Tensor:
         if iteration % _CHECK_EVERY:
             continue
         moved, support = _moved(support, kept != 0), kept != 0
-        if moved == 0:
+        if moved == 0 or (iteration >= _FEWEST and moved < _STABLE):
             break
         rho *= next(factor for least, factor in _GROWTH if moved > least)
         inverse = _inverse(hessian, rho)

@@ -81,14 +81,14 @@ def test_an_input_that_no_token_used_scores_zero(method):
     assert (scores[:, [0, 1, 2, 4, 5, 6, 7]] > 0).all()
 
 
-def test_ria_keeps_alive_what_wanda_would_cut_off_whole():
-    # The input read with the smallest weights loses under Wanda in every row; its share of its own column is as large.
-    weight = torch.tensor([[1.0, 1.0, 1.0, 0.01], [1.0, 1.0, 1.0, 0.03]])
-    norms = torch.ones(4)
+def test_ria_keeps_what_an_input_cannot_do_without():
+    # The last input loses under Wanda in both rows; of its column the second row holds the better part.
+    weight, norms = torch.tensor([[1.0, 1.0, 1.0, 0.01], [1.0, 1.0, 1.0, 0.09]]), torch.ones(4)
     assert wanda(weight, norms).argmin(1).tolist() == [3, 3]
     assert ria(weight, norms)[1].argmax() == 3
 
 
 def test_every_method_is_found_by_its_name():
-    assert SALIENCY == {"magnitude": magnitude}
-    assert SALIENCY_OF_INPUTS == {"wanda": wanda, "ria": ria}
+    assert SALIENCY["magnitude"] is magnitude
+    assert SALIENCY_OF_INPUTS["wanda"] is wanda
+    assert SALIENCY_OF_INPUTS["ria"] is ria

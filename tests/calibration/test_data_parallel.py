@@ -1,0 +1,144 @@
+"""Two processes that share the calibration batches: one result, the same as that of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from hf_sparse24.calibration.sequential import Recipe, _own_share
+from hf_sparse24.selection import select
+from tests.calibration.test_sequential import assert_2to4
+
+ROOT = Path(__file__).parents[2]
+
+# What each process runs: everything that it is to do comes in a JSON file.
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+from hf_sparse24.calibration.fitting import Schedule
+from hf_sparse24.calibration.matching import Matching
+from hf_sparse24.calibration.progress import Progress
+from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_
+from hf_sparse24.selection import select
+
+job = json.load(open(sys.argv[1]))
+torch.set_num_threads(1)
+rank = 0
+if job["processes"] > 1:
+    rank = int(sys.argv[2])
+    dist.init_process_group("gloo", init_method="file://" + job["meeting"], rank=rank, world_size=job["processes"])
+model = LlamaForCausalLM.from_pretrained(job["model"])
+batches = [{"input_ids": tokens} for tokens in load_file(job["batches"]).values()]
+recipe = Recipe(
+    method=job["method"],
+    refit=None if job["matching"] else "asymmetric",
+    matching=Matching(steps=10, learning_rate=3e-3) if job["matching"] else None,
+    distillation=Schedule(steps=10, learning_rate=3e-3) if job["distillation"] else None,
+)
+progress = Progress(job["progress"], {"a": 1}) if job["progress"] else None
+walked = prune_sequentially_(model, select(model), batches, recipe, progress=progress)
+save_file({key: value.clone() for key, value in model.state_dict().items()}, f"{job['out']}-{rank}.safetensors")
+json.dump(walked.facts(), open(f"{job['out']}-{rank}.json", "w"))
+if job["processes"] > 1:
+    dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    for parameter in tiny_llama.parameters():
+        parameter.data.mul_(6 if parameter.ndim > 1 else 1)
+    tiny_llama.config.tie_word_embeddings = False
+    model = LlamaForCausalLM(tiny_llama.config)
+    for name, parameter in tiny_llama.named_parameters():
+        model.get_parameter(name).data = parameter.data
+    model.save_pretrained(tmp_path / "dense")
+    # Many tokens, so that scores are well apart; an odd number, so that the shares differ.
+    save_file({str(number): torch.randint(3, 96, (4, 24)) for number in range(7)}, tmp_path / "batches.safetensors")
+    (tmp_path / "process.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def run(folder, name, processes, method="wanda", matching=False, distillation=False, progress=None):
+    """Run the walk in so many processes and return the weights and the facts of each."""
+    job = {"model": str(folder / "dense"), "batches": str(folder / "batches.safetensors"), "processes": processes}
+    job |= {"meeting": str(folder / f"{name}-meeting"), "out": str(folder / name), "matching": matching}
+    job |= {"distillation": distillation, "method": method, "progress": None if progress is None else str(progress)}
+    (folder / f"{name}.json").write_text(json.dumps(job))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(folder / "process.py"), str(folder / f"{name}.json")]
+    started = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in started:
+            process.kill()
+    weights = [load_file(folder / f"{name}-{rank}.safetensors") for rank in range(processes)]
+    return weights, [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def assert_bit_equal(left, right):
+    assert left.keys() == right.keys()
+    assert [key for key in left if not torch.equal(left[key], right[key])] == []
+
+
+def projections(folder):
+    return [f"{target.name}.weight" for target in select(LlamaForCausalLM.from_pretrained(folder / "dense")).targets]
+
+
+@pytest.mark.parametrize(("method", "same"), [("wanda", 1.0), ("alps", 0.99)])
+def test_two_processes_prune_as_one(source, method, same):
+    ((alone,), _), (both, _) = run(source, "one", 1, method), run(source, "two", 2, method)
+    assert_bit_equal(*both)
+    for key in projections(source):
+        # The Hessian is summed in another order. Scores of wanda are well apart; ALPS iterates, and a near tie may
+        # turn over.
+        assert ((both[0][key] == 0) == (alone[key] == 0)).float().mean() >= same, key
+        if method == "alps":
+            continue
+        error = (both[0][key] - alone[key]).norm() / alone[key].norm()
+        assert error < 1e-3, key
+
+
+def test_two_processes_match_and_distil_to_the_same_weights_and_share_a_folder(source):
+    both, facts = run(source, "two", 2, "magnitude", matching=True, distillation=True, progress=source / "progress")
+    assert_bit_equal(*both)
+    assert facts[0] == facts[1]
+    assert facts[0]["matched"]["after"] < facts[0]["matched"]["before"]
+    assert facts[0]["distilled"]["after"] < facts[0]["distilled"]["before"]
+    model = LlamaForCausalLM.from_pretrained(source / "dense")
+    model.load_state_dict(both[0])
+    assert_2to4(model)
+    again, _ = run(source, "again", 2, "magnitude", matching=True, distillation=True, progress=source / "progress")
+    assert_bit_equal(both[0], again[0])
+
+
+def test_a_single_process_takes_all_batches():
+    batches = [{"number": number} for number in range(3)]
+    assert _own_share(batches) == batches
+    assert Recipe().follows_dense
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [0, 2, 4]), (1, [1, 3])])
+def test_batches_are_dealt_out_in_turn(monkeypatch, rank, expected):
+    monkeypatch.setattr("hf_sparse24.calibration.sequential._world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    assert _own_share(list(range(5))) == expected
+
+
+def test_more_processes_than_batches_are_refused(monkeypatch):
+    monkeypatch.setattr("hf_sparse24.calibration.sequential._world_size", lambda: 4)
+    with pytest.raises(ValueError, match="4 processes share 3 calibration batches; give at least one each"):
+        _own_share(list(range(3)))
