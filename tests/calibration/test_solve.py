@@ -118,12 +118,13 @@ def test_weights_of_other_dtypes_are_those_values_in_float32(method, dtype):
     actual = run(weights, statistics, method)
     expected = run([weight.float() for weight in weights], statistics, method)
     for weight, wanted in zip(actual.weights, expected.weights, strict=True):
+        assert weight.dtype == torch.float32
         assert torch.equal(weight, wanted)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_output_is_pruned_as_it_would_be_twice(method):
-    problem, statistics, weights = layer(asymmetric=True)
+    _, statistics, weights = layer(asymmetric=True)
     row = weights[0][:1]
     alone = run([row], statistics, method, refitted=True)
     if method == "ria":  # whose columns are alike then

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -93,6 +95,17 @@ def test_it_stops_when_the_support_is_stable(seed, asymmetric, supports):
     assert torch.equal(pruned, alps(problem.objective, iterations))
 
 
+def test_it_stops_early_when_hardly_anything_moves(supports):
+    problem = make_problem(0, rows=512, columns=32)
+    alps(problem.objective, iterations=2000)
+    pairs = itertools.pairwise(supports[::3])
+    shares = [int((after & ~before).sum()) / int(after.sum()) for before, after in pairs]
+    assert len(shares) >= 10
+    assert shares[-1] < 3e-4
+    assert all(share > 0 for share in shares[:-1])
+    assert all(share >= 3e-4 for share in shares[9:-1])  # from the thirtieth iteration on
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_inputs_that_are_not_correlated_cost_next_to_nothing_over_the_exact_answer(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +117,7 @@ def test_inputs_that_are_not_correlated_cost_next_to_nothing_over_the_exact_answ
         return (objective.loss(pruned) - objective.loss(weight)).mean()
 
     # The exact answer keeps what weighs most by the damped Hessian. While rho is small a dropped weight's dual grows
-    # to 1 / rho times its weight and takes turns with those that stay; at most 1.1 % of the loss was left of that
+    # to 1 / rho times its weight and takes turns with those that stay; at most 1.6 % of the loss was left of that
     # in 40 problems like these, 0.2 % in the mean.
     exact = prune_2to4(weight, weight.abs() * objective.hessian.diagonal().sqrt())
     assert 1 - 1e-12 <= loss(alps(objective)) / loss(exact) <= 1.03

@@ -79,6 +79,13 @@ def test_the_loss_never_rises_from_one_iteration_to_the_next(seed, asymmetric, f
     assert (losses[-1] < losses[0]).any()
 
 
+def test_inputs_of_any_scale_that_are_not_correlated_take_one_iteration():
+    weight, norms = torch.randn(9, 16, dtype=torch.float64), torch.logspace(-3, 3, 16, dtype=torch.float64)
+    mask = masks(weight, "2:4")
+    refitted = refit(layer_objective(weight, norms.square().diag(), 1e-12), mask, torch.zeros_like(weight), 1, 0.0)
+    torch.testing.assert_close(refitted, weight * mask, rtol=1e-12, atol=0)  # a quotient and a few products round
+
+
 def test_more_iterations_than_float32_can_use_do_no_harm():
     problem = make_problem(0, rows=32, columns=64, tokens=128, dtype=torch.float32)
     mask = masks(problem.weight, "2:4")
