@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from hf_sparse24 import Sparse24Config, prune_
-from hf_sparse24.calibration import blocks, sequential, solve
+from hf_sparse24.calibration import blocks, pruner, solve
 
 SHAPE_8B = {
     "hidden_size": 4096,
@@ -53,9 +53,9 @@ def main():
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     timed(blocks.Stream, "outputs", "outputs of blocks")
-    timed(sequential, "group_statistics", "statistics")
-    timed(sequential, "find_groups", "order of projections")
-    timed(sequential, "match_block_", "block matching")
+    timed(pruner, "group_statistics", "statistics")
+    timed(pruner, "find_groups", "order of projections")
+    timed(pruner, "match_block_", "block matching")
     timed(solve, "layer_objective", "factorize")
     timed(solve, "refit", "refit")
     for method in solve.RECONSTRUCTING:

@@ -11,7 +11,8 @@ from transformers.utils import logging
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
-from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_, why_not_distilled_at_the_end
+from hf_sparse24.calibration.recipe import Recipe
+from hf_sparse24.calibration.sequential import prune_sequentially_, why_not_distilled_at_the_end
 from hf_sparse24.calibration.text import calibration_batches
 from hf_sparse24.config import CALIBRATED_METHODS, Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY

@@ -9,8 +9,9 @@ summed in their own dtype.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from hf_sparse24 import processes
 
 
 class InputStatistics:
@@ -58,13 +59,10 @@ class InputStatistics:
 
     def all_reduce_(self) -> None:
         """Sum over the processes of torch.distributed, where each has seen its share of the calibration data."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        tokens = torch.tensor([self.tokens], device=self.hessian.device)
-        for tensor in (self.hessian, self.cross, tokens):
+        for tensor in (self.hessian, self.cross):
             if tensor is not None:
-                dist.all_reduce(tensor)
-        self.tokens = int(tokens)
+                processes.sum_(tensor)
+        self.tokens = int(processes.sum_(torch.tensor([self.tokens], device=self.hessian.device)))
 
     def check(self, name: str) -> None:
         """Raise `ValueError` when no token came, or when one of them was not finite.

@@ -149,6 +149,7 @@ def test_processes_sum_what_each_has_seen(monkeypatch):
     assert torch.equal(statistics.hessian, hessian)
     # Two processes that have seen the same: a sum over them doubles.
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
     statistics.all_reduce_()
     assert torch.equal(statistics.hessian, 2 * hessian)

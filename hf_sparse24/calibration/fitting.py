@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from hf_sparse24 import processes
 
 Masks = dict[nn.Parameter, Tensor]
 
@@ -102,7 +103,7 @@ def _train(
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
     before = lowest = _mean_loss(loss, test)
     best = [parameter.detach().clone() for parameter in parameters]
-    epoch = _largest(len(train), device)
+    epoch = processes.largest(len(train), device)
     queue: list[int] = []
     for step in range(1, schedule.steps + 1):
         queue = queue or shuffle.sample(train, len(train))
@@ -140,31 +141,13 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _mean_loss(loss: Callable[[int], Tensor], batches: Sequence[int]) -> float:
-    total = torch.stack([loss(index) for index in batches]).mean()
-    if _distributed():
-        dist.all_reduce(total)
-        total /= dist.get_world_size()
-    return float(total)
+    return float(processes.mean_(torch.stack([loss(index) for index in batches]).mean()))
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    if not _distributed():
+    if processes.count() == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
-
-
-def _largest(number: int, device: torch.device) -> int:
-    """Return the largest of the processes' numbers: what all of them do at once must come at the same step."""
-    if not _distributed():
-        return number
-    largest = torch.tensor([number], device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+        processes.mean_(parameter.grad)

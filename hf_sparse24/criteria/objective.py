@@ -7,7 +7,7 @@ to give the dense output on the pruned inputs:
 
 With X' = X (the symmetric form) G is W H, and the layer alone is reproduced; the asymmetric form also undoes what the
 layers before it did wrong. The damping is a ridge towards the dense weights, H + d I and G + d W; it also decides for
-inputs that no calibration token used, whose weights then count by their magnitude, and less than any other.
+inputs that no calibration token used, whose weights then count by their magnitude, and less than any others.
 """
 
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 
 # Damping is raised tenfold until the Hessian has a Cholesky factor; above this the data no longer say anything.
 _LARGEST_DAMPENING = 10.0
+_SMALLEST_DAMPENING = 1e-4
 
 
 class Objective(NamedTuple):
@@ -66,14 +67,14 @@ def layer_objective(weight: Tensor, hessian: Tensor, dampening: float = 0.01) ->
     weight = weight.to(hessian.dtype)
     mean = float(hessian.diagonal().mean())
     level = dampening
-    while level <= _LARGEST_DAMPENING:
+    while level <= max(dampening, _LARGEST_DAMPENING):
         damped = hessian.clone()
         damped.diagonal().add_(level * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed and factor.isfinite().all():
             return Objective(weight, damped, weight @ damped, factor, level * mean, level)
-        level *= 10
+        level = 10 * level or _SMALLEST_DAMPENING
     raise ValueError(
         f"The Hessian of a layer ({hessian.shape[0]} inputs) is not positive definite with a dampening of up to "
-        f"{_LARGEST_DAMPENING}. Give more calibration data, or load the model in bfloat16 or float32."
+        f"{max(dampening, _LARGEST_DAMPENING)}. Give more calibration data, or load the model in bfloat16 or float32."
     )

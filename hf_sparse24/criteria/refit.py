@@ -14,7 +14,7 @@ from hf_sparse24.criteria.objective import Objective
 def refit(
     objective: Objective, mask: Tensor, start: Tensor | None = None, iterations: int = 30, tolerance: float = 1e-4
 ) -> Tensor:
-    """Return the weights (N, K) on `mask` that minimize the objective; never worse than `start`.
+    """Return the weights (N, K) on `mask` that minimize the objective; never worse than `start` on the mask.
 
     Args:
         objective (`Objective`): the layer's problem, symmetric or not.

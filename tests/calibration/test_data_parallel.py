@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from hf_sparse24.calibration.sequential import Recipe, _own_share
+from hf_sparse24.calibration.recipe import Recipe
+from hf_sparse24.calibration.sequential import _own_share
 from hf_sparse24.selection import select
 from tests.calibration.test_sequential import assert_2to4
 
@@ -25,7 +26,8 @@ from transformers import LlamaForCausalLM
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress
-from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_
+from hf_sparse24.calibration.recipe import Recipe
+from hf_sparse24.calibration.sequential import prune_sequentially_
 from hf_sparse24.selection import select
 
 job = json.load(open(sys.argv[1]))
@@ -133,12 +135,12 @@ def test_a_single_process_takes_all_batches():
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0, 2, 4]), (1, [1, 3])])
 def test_batches_are_dealt_out_in_turn(monkeypatch, rank, expected):
-    monkeypatch.setattr("hf_sparse24.calibration.sequential._world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("hf_sparse24.processes.count", lambda: 2)
+    monkeypatch.setattr("hf_sparse24.processes.rank", lambda: rank)
     assert _own_share(list(range(5))) == expected
 
 
 def test_more_processes_than_batches_are_refused(monkeypatch):
-    monkeypatch.setattr("hf_sparse24.calibration.sequential._world_size", lambda: 4)
+    monkeypatch.setattr("hf_sparse24.processes.count", lambda: 4)
     with pytest.raises(ValueError, match="4 processes share 3 calibration batches; give at least one each"):
         _own_share(list(range(3)))

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from transformers import LlamaForSequenceClassification
 
 from hf_sparse24 import Sparse24Config, prune_, sparsity_report
-from hf_sparse24.calibration import sequential
+from hf_sparse24.calibration import pruner, sequential
 from hf_sparse24.calibration.distillation import why_not_distilled
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress, fingerprint_data
-from hf_sparse24.calibration.sequential import Recipe, prune_sequentially_
+from hf_sparse24.calibration.recipe import Recipe
+from hf_sparse24.calibration.sequential import prune_sequentially_
 from hf_sparse24.criteria.alps import alps
 from hf_sparse24.criteria.objective import layer_objective
 from hf_sparse24.criteria.refit import refit
@@ -401,10 +402,10 @@ def interrupt(monkeypatch, after, error=Interruption):
         if len(solved) == after:
             raise error("on purpose")
         solved.append(args)
-        return sequential_solve(*args)
+        return pruner_solve(*args)
 
-    sequential_solve = sequential.solve
-    monkeypatch.setattr(sequential, "solve", solve)
+    pruner_solve = pruner.solve
+    monkeypatch.setattr(pruner, "solve", solve)
     return solved
 
 
@@ -446,9 +447,9 @@ class TestResuming:
                 raise KeyboardInterrupt
             return match_block_(*args)
 
-        match_block_ = sequential.match_block_
+        match_block_ = pruner.match_block_
         with monkeypatch.context() as patch:
-            patch.setattr(sequential, "match_block_", failing)
+            patch.setattr(pruner, "match_block_", failing)
             with pytest.raises(KeyboardInterrupt):
                 walk_(larger("llama"), text_batches(), progress=Progress(tmp_path, {}), matching=MATCHED)
         assert [file.stem for file in tmp_path.glob("*.safetensors")] == ["model.layers.0"]
