@@ -34,7 +34,7 @@ def requests(calibration):
         rows[f"{method} + refit"] = ({"method": method, **OFF, "refit": True}, first)
         rows[f"{method} + refit + matching"] = ({"method": method, **OFF, "refit": True, "match_blocks": True}, first)
     rows["magnitude"] = ({"method": "magnitude"}, None)
-    everything = {"method": "auto", "match_blocks": True, "distill": True}
+    everything = {"method": "auto", "match_blocks": True, "distill": True, "smooth": True}
     rows["default"] = (everything, first)
     for name in others:
         rows[f"sparsegpt, {name}"] = ({"method": "sparsegpt", **OFF}, name)

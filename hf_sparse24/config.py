@@ -68,6 +68,9 @@ class Sparse24Config(QuantizationConfigMixin):
         distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 16
             bytes a weight, where the model lives. None: wherever blocks are matched, `method` is "auto" and
             `calibration_device` is None.
+        smooth (`bool`, *optional*): rescale norms and the columns of the weights that read them by powers of two,
+            which changes no output and makes 8-bit activations finer. None: with `quantization="int8"`, where there
+            are calibration data.
         calibration_device (`str`, *optional*): where each block is pruned in its turn, for a model that lives on the
             CPU. None: where the model is.
         progress_folder (`str`, *optional*): keeps finished blocks, so that the same call goes on where it stopped.
@@ -101,6 +104,7 @@ class Sparse24Config(QuantizationConfigMixin):
         dampening: float = 0.01,
         match_blocks: bool | None = None,
         distill: bool | None = None,
+        smooth: bool | None = None,
         calibration_device: str | None = None,
         progress_folder: str | None = None,
         **kwargs: Any,
@@ -125,6 +129,7 @@ class Sparse24Config(QuantizationConfigMixin):
         self.dampening = dampening
         self.match_blocks = match_blocks
         self.distill = distill
+        self.smooth = smooth
         self.calibration_device = calibration_device
         self.progress_folder = None if progress_folder is None else str(progress_folder)
         self.unknown_keys = kwargs
@@ -225,7 +230,7 @@ class Sparse24Config(QuantizationConfigMixin):
     def _check_values(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("refit", self.refit, (None, True, False, "symmetric", "asymmetric"))
-        for key in ("match_blocks", "distill"):
+        for key in ("match_blocks", "distill", "smooth"):
             _check_choice(key, getattr(self, key), (None, True, False))
         _check_choice("pack", self.pack, (True, False))
         _check_device("calibration_device", self.calibration_device)

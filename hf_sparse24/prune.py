@@ -24,7 +24,7 @@ from hf_sparse24.selection import Selection, Target, select
 
 logger = logging.get_logger(__name__)
 
-_ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "calibration_device", "progress_folder")
+_ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "smooth", "calibration_device", "progress_folder")
 
 DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
 BYTES_A_DISTILLED_WEIGHT = 20  # in float32: the weight, its gradient, Adam's two moments, the best state so far
@@ -148,6 +148,7 @@ def recipe_of(config: Sparse24Config, method: str, device: torch.device | str) -
         dampening=config.dampening,
         matching=Matching() if matches else None,
         distillation=DISTILLATION if distills else None,
+        smooth=config.quantization == "int8" if config.smooth is None else config.smooth,
         seed=config.seed,
     )
 

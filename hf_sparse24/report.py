@@ -189,6 +189,11 @@ def _notes(calibration: dict[str, Any]) -> tuple[str, ...]:
     ):
         if calibration.get(key):
             notes.append(f"{what} from {calibration[key]['before']:.4g} to {calibration[key]['after']:.4g}.")
+    if calibration.get("smoothed_norms"):
+        notes.append(
+            f"{calibration['smoothed_norms']} norms and the weights that read them were rescaled by powers of two, "
+            "which changes no output and makes 8-bit activations finer."
+        )
     return tuple(notes)
 
 

@@ -68,7 +68,7 @@ def group_statistics(
         stream (`Stream`): the pruned model's hidden states before the block.
         dense (`tuple`, *optional*): the dense block and the dense model's stream, for asymmetric statistics.
     """
-    weight = _module(block, name, group[0]).weight
+    weight = module_of(block, name, group[0]).weight
     in_features = weight.shape[group[0].dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
@@ -89,7 +89,7 @@ def expert_statistics(block: nn.Module, name: str, target: Target, stream: Strea
 
     Only the symmetric form: the router of the dense model may send a token elsewhere.
     """
-    stack = getattr(_module(block, name, target), target.parameter)
+    stack = getattr(module_of(block, name, target), target.parameter)
     in_features = stack.shape[target.dim]
     statistics = [InputStatistics(in_features, stack.device) for _ in range(len(stack))]
 
@@ -114,7 +114,44 @@ def expert_statistics(block: nn.Module, name: str, target: Target, stream: Strea
     return statistics
 
 
-def _module(block: nn.Module, name: str, target: Target) -> nn.Module:
+def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stream) -> list[nn.Module | None]:
+    """Return for each group the norm that writes what it reads, or None: told by the memory of the tensor."""
+    written: dict[tuple[int, int], nn.Module] = {}
+    held: list[Any] = []  # keeps the outputs alive, so that an address means one tensor
+    made_by: list[nn.Module | None] = [None] * len(groups)
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            held.append(output)
+            written[output.data_ptr(), output.numel()] = module
+
+    def look_up(number: int, args: Any, kwargs: Any) -> None:
+        inputs = _first(args, kwargs)
+        made_by[number] = written.get((inputs.data_ptr(), inputs.numel()))
+
+    handles = [
+        module.register_forward_hook(keep)
+        for module in block.modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
+    ]
+    for number, group in enumerate(groups):
+        if group[0].is_expert_stack:
+            continue
+        handles.append(
+            module_of(block, name, group[0]).register_forward_pre_hook(
+                lambda _, args, kwargs, number=number: look_up(number, args, kwargs), with_kwargs=True
+            )
+        )
+    try:
+        stream.run(block, name, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return made_by
+
+
+def module_of(block: nn.Module, name: str, target: Target) -> nn.Module:
+    """Return the module of a target, whose path begins with the block's."""
     return block.get_submodule(target.module_name[len(name) + 1 :])
 
 
@@ -126,7 +163,7 @@ def _input_of(block: nn.Module, name: str, target: Target, stream: Stream, index
         caught.append(_first(args, kwargs))
         raise StopForward
 
-    handle = _module(block, name, target).register_forward_pre_hook(catch, with_kwargs=True)
+    handle = module_of(block, name, target).register_forward_pre_hook(catch, with_kwargs=True)
     try:
         stream.run(block, name, index)
     except StopForward:
@@ -143,7 +180,7 @@ def _run_watched(
     handles = []
     stacks: list[tuple[nn.Parameter, Target]] = []
     for target in targets:
-        module = _module(block, name, target)
+        module = module_of(block, name, target)
         if target.is_expert_stack:
             stacks.append((getattr(module, target.parameter), target))
             continue

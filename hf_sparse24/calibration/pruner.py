@@ -13,6 +13,7 @@ from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups
 from hf_sparse24.calibration.matching import match_block_
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.recipe import Recipe, Walked
+from hf_sparse24.calibration.smoothing import smooth_
 from hf_sparse24.calibration.solve import Solution, solve
 from hf_sparse24.pattern import apply_mask_, find_violations
 from hf_sparse24.selection import Selection, Target
@@ -50,6 +51,7 @@ class BlockPruner:
         self.finished = 0
         self.masks: Masks = {}
         self._dense_outputs: list[Tensor] | None = None
+        self._column_norms: dict[str, Tensor] = {}
         self.targets: dict[str, list[Target]] = {}
         for target in selection.targets:
             self.targets.setdefault(str(block_of(target.name)), []).append(target)
@@ -80,7 +82,8 @@ class BlockPruner:
 
     def _prune_(self, block: nn.Module, name: str, stream: Stream, dense: nn.Module | None, walked: Walked) -> None:
         masks: Masks = {}
-        for group in find_groups(block, name, self.targets[name], stream):
+        groups = find_groups(block, name, self.targets[name], stream)
+        for group in groups:
             for target, solution in self._solve_group(block, name, group, stream, dense):
                 _write_(block, name, target, solution, masks)
                 if solution.dampening > self.recipe.dampening:
@@ -89,6 +92,9 @@ class BlockPruner:
         if matching is not None and dense is not None:
             targets = self._targets_of_matching(name, stream, dense, self.follow, matching.target)
             walked.matched[name] = match_block_(block, name, masks, stream, targets, matching, self.recipe.seed)
+        if self.recipe.smooth:
+            read = [(group, self._column_norms.pop(group[0].name)) for group in groups if not group[0].is_expert_stack]
+            walked.smoothed[name] = smooth_(block, name, read, stream)
         self.verify(name)
 
     def _take_masks(self, name: str) -> None:
@@ -118,9 +124,9 @@ class BlockPruner:
             return
         asymmetric = recipe.refit == "asymmetric" and dense is not None and self.follow is not None
         followed = (dense, self.follow) if asymmetric else None
-        solution = solve(
-            weights, group_statistics(block, name, group, stream, followed), recipe.method, refitted, recipe.dampening
-        )
+        statistics = group_statistics(block, name, group, stream, followed)
+        self._column_norms[group[0].name] = statistics.column_norms
+        solution = solve(weights, statistics, recipe.method, refitted, recipe.dampening)
         for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
             yield target, Solution([weight], [mask], solution.dampening)
 

@@ -6,9 +6,9 @@ is 2:4, and the pull rho grows while the support of Z still moves.
 
 It is a heuristic: the problem is not convex, and even without any correlation it ends up to a percent above the best.
 
-The paper decomposes the Hessian into eigenvectors once, so that the inverse of H + rho I is cheap for every rho. Here
-the inverse is formed through a new Cholesky factor whenever rho changes: it does a third of the arithmetic of putting
-the inverse together from eigenvectors, and an eigendecomposition costs more than all of them on a GPU.
+The paper decomposes the Hessian into eigenvectors once and puts the inverse of H + rho I together from them. Here it
+is formed through a new Cholesky factor whenever rho changes: half the arithmetic of the putting together, and no
+eigenvectors.
 """
 
 import torch
