@@ -27,12 +27,14 @@ def main():
             values = [row[key] for row in rest]
             colors = ["tab:orange" if row["row"].startswith("default") else "tab:blue" for row in rest]
             bars = panel.barh([row["row"] for row in rest], values, color=colors)
-            panel.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            panel.bar_label(
+                bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", padding=2, fontsize=7
+            )
             panel.axvline(rows[0][key], color="black", linewidth=1)
             panel.set_title(f"{key.replace('_', ' ')} (line: dense {rows[0][key]:.3g})", fontsize=9)
             if key not in HIGHER_IS_BETTER:
                 panel.set_xscale("log")
-            panel.margins(x=0.2)
+            panel.margins(x=0.15)
             panel.tick_params(labelsize=7)
         drawing.tight_layout()
         drawing.savefig(file.with_suffix(".svg"), metadata={"Date": None})
