@@ -65,9 +65,9 @@ class Sparse24Config(QuantizationConfigMixin):
         dampening (`float`): added to the diagonal of the Hessian, as a share of its mean.
         match_blocks (`bool`, *optional*): train each pruned block for a moment against the dense one. None: on a GPU,
             where there are calibration data.
-        distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 16
-            bytes a weight, where the model lives. None: wherever blocks are matched, `method` is "auto" and
-            `calibration_device` is None.
+        distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 20
+            bytes a weight and the activations of a batch, where the model lives. None: wherever blocks are matched,
+            `method` is "auto", `calibration_device` is None and there seems to be room.
         smooth (`bool`, *optional*): rescale norms and the columns of the weights that read them by powers of two,
             which changes no output and makes 8-bit activations finer. None: with `quantization="int8"`, where there
             are calibration data.

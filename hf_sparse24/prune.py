@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 _ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "smooth", "calibration_device", "progress_folder")
 
 DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
+BYTES_A_LOGIT = 32  # student's and teacher's, their logarithms of softmax in float32, and the gradient
 BYTES_A_DISTILLED_WEIGHT = 20  # in float32: the weight, its gradient, Adam's two moments, the best state so far
 
 
@@ -36,8 +37,9 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     The config of the model gets a `sparse24` record of what was done.
 
-    One matrix at a time: the peak is the model and at most one copy of a matrix. (Weights that are mapped from a file
-    count twice until the last of them is replaced: the file's pages stay, as cache.)
+    Without calibration data one matrix at a time: the peak is the model and at most one copy of a matrix. (Weights
+    that are mapped from a file count twice until the last of them is replaced: the file's pages stay, as cache.) With
+    data it is the model, a second copy of one block, the hidden states of all batches and a layer's Hessian.
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -92,6 +94,11 @@ def prune_calibrated_(
         data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
     )
     recipe = recipe_of(config, method, config.calibration_device or next(model.parameters()).device)
+    if torch.is_inference_mode_enabled() and (recipe.matching is not None or recipe.distillation is not None):
+        raise ValueError(
+            "Block matching and distillation train, which torch.inference_mode() forbids. Prune outside of it, or "
+            "with match_blocks=False and distill=False."
+        )
     reason = _why_not_distilled(model, selection, batches) if recipe.distillation is not None else None
     if reason is not None and config.distill:
         raise ValueError(f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False.")
@@ -109,10 +116,19 @@ def _why_not_distilled(model: nn.Module, selection: Selection, batches: Sequence
     device = next(model.parameters()).device
     if device.type == "cuda":
         weights = [getattr(model.get_submodule(t.module_name), t.parameter).numel() for t in selection.targets]
-        needed, free = sum(weights) * BYTES_A_DISTILLED_WEIGHT, torch.cuda.mem_get_info(device)[0]
+        logits = _tokens(batches) * getattr(model.config.get_text_config(), "vocab_size", 0) * BYTES_A_LOGIT
+        needed, free = sum(weights) * BYTES_A_DISTILLED_WEIGHT + logits, torch.cuda.mem_get_info(device)[0]
         if needed > free * 0.7:  # the rest is for activations
-            return f"it takes {needed / 1e9:.0f} GB beside the activations, of {free / 1e9:.0f} GB that are free"
+            return (
+                f"it takes {needed / 1e9:.0f} GB and the activations of a batch, of {free / 1e9:.0f} GB that are free"
+            )
     return why_not_distilled_at_the_end(model, selection, batches)
+
+
+def _tokens(batches: Sequence[dict[str, Any]]) -> int:
+    """Return the most tokens of a batch for which a language model writes logits."""
+    ids = [batch.get("decoder_input_ids", batch.get("input_ids")) for batch in batches]
+    return max((tensor.numel() for tensor in ids if isinstance(tensor, torch.Tensor)), default=0)
 
 
 def _progress(

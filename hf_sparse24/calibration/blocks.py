@@ -29,6 +29,10 @@ class StopForward(Exception):
     """Ends a forward pass whose remainder is not needed."""
 
 
+class _Refused(ValueError):
+    """What the walk itself refuses, told from what the model raises."""
+
+
 class BlockCall(NamedTuple):
     """What a block is given beside its hidden states."""
 
@@ -125,7 +129,7 @@ def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[li
 
     def entered(name: str, hidden: Tensor, call: BlockCall) -> None:
         if any(name in chain for chain in chains):
-            raise ValueError(
+            raise _Refused(
                 f"{name} is called more than once in a forward pass: its weights are shared between layers, which no "
                 "calibrated method here can walk. Use method='magnitude'."
             )
@@ -135,9 +139,22 @@ def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[li
     def left(name: str, output: Any) -> None:
         nonlocal written
         written = hidden_of(output).clone()  # what the model adds to it in place belongs to no block
+        if not written.isfinite().all():
+            raise _Refused(
+                f"The dense model's hidden states behind {name} hold NaN or Inf for the first calibration batch. "
+                "Check the data, or load the model in bfloat16 or float32."
+            )
 
-    with _hooked(model, names, entered, left):
-        _forward(model, batch)
+    try:
+        with _hooked(model, names, entered, left):
+            _forward(model, batch)
+    except _Refused:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot run the first calibration batch, which has {', '.join(batch)} "
+            f"({type(error).__name__}: {error}). Give batches that model(**batch) takes."
+        ) from error
     missing = [name for name in names if not any(name in chain for chain in chains)]
     if missing:
         raise ValueError(
@@ -180,6 +197,12 @@ def record(
         for batch in batches:
             calls.append({})
             _forward(model, batch)
+    for chain, states in zip(chains, hidden, strict=True):
+        if len(states) != len(batches):
+            raise ValueError(
+                f"{len(batches) - len(states)} of {len(batches)} calibration batches do not reach {chain[0]}. "
+                "Give batches that each use the whole model."
+            )
     return [Stream(states, calls, batches) for states in hidden]
 
 

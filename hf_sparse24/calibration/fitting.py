@@ -100,10 +100,30 @@ def _train(
     device = parameters[0].device
     groups = _by_size(parameters, schedule.learning_rate)
     optimizer = torch.optim.Adam(groups, fused=device.type == "cuda")
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
     before = lowest = _mean_loss(loss, test)
     best = [parameter.detach().clone() for parameter in parameters]
-    epoch = processes.largest(len(train), device)
+    try:
+        lowest = _descend(parameters, masks, loss, train, test, schedule, shuffle, optimizer, best, lowest)
+    finally:  # also where it fails: nothing is left in the middle of a step
+        torch._foreach_copy_([parameter.data for parameter in parameters], best)
+    return Fit(before, lowest)
+
+
+def _descend(
+    parameters: Sequence[nn.Parameter],
+    masks: Masks,
+    loss: Callable[[int], Tensor],
+    train: list[int],
+    test: list[int],
+    schedule: Schedule,
+    shuffle: random.Random,
+    optimizer: torch.optim.Optimizer,
+    best: list[Tensor],
+    lowest: float,
+) -> float:
+    """Take the steps, keep the best state in `best`, and return its held-out loss."""
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
+    epoch = processes.largest(len(train), parameters[0].device)
     queue: list[int] = []
     for step in range(1, schedule.steps + 1):
         queue = queue or shuffle.sample(train, len(train))
@@ -120,9 +140,7 @@ def _train(
             if found < lowest:
                 lowest = found
                 torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
-    with torch.no_grad():
-        torch._foreach_copy_([parameter.data for parameter in parameters], best)
-    return Fit(before, lowest)
+    return lowest
 
 
 def _by_size(parameters: Sequence[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.utils import logging
 
 from hf_sparse24.calibration.blocks import StopForward, Stream
 from hf_sparse24.selection import Target
 from hf_sparse24.statistics import InputStatistics
+
+logger = logging.get_logger(__name__)
 
 Group = list[Target]
 
@@ -81,6 +84,11 @@ def group_statistics(
             statistics.add(inputs, dense_inputs, None if kept is None else kept.to(inputs.device))
     statistics.all_reduce_()
     statistics.check(group[0].name)
+    if statistics.tokens < in_features:
+        logger.warning_once(
+            f"{group[0].name} has {in_features} inputs and saw {statistics.tokens} calibration tokens, and others may "
+            "have seen as few: what is chosen on them will not generalize. Give more data."
+        )
     return statistics
 
 

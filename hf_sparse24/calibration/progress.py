@@ -20,7 +20,8 @@ from torch import Tensor, nn
 _DESCRIPTION = "run.json"
 _PARTIAL = ".partial"
 _FACTS = "facts"
-_SAMPLE = 64  # values of each parameter
+_SAMPLE = 64  # values of each parameter, beside the sum of all
+_NOT_OF_THE_MODEL = ("_name_or_path", "sparse24", "quantization_config", "transformers_version")
 
 
 class Progress:
@@ -41,9 +42,13 @@ class Progress:
             found = json.loads(file.read_text())
             differing = sorted(key for key in {*found, *description} if found.get(key) != description.get(key))
             if differing:
+                anew = (
+                    "Load the dense model anew if it is that model, pruned in part; else remove the folder, or name "
+                )
+                remove = "Remove it, or name "
                 raise ValueError(
                     f"{self.folder} holds the blocks of another run: {', '.join(differing)} differ. "
-                    "Remove it, or name another progress_folder."
+                    f"{anew if differing == ['model'] else remove}another progress_folder."
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +100,15 @@ def fingerprint_data(batches: Sequence[dict[str, Any]]) -> str:
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Return a digest of the beginning of every parameter, to tell one model from another and from a retrained one."""
+    """Return a digest of the config and of values all over every parameter, to tell one model from another."""
     digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    facts = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_MODEL}
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_bytes(parameter.detach().flatten()[:_SAMPLE]))
+        values = parameter.detach().flatten()
+        digest.update(f"{name}{tuple(parameter.shape)}{float(values.sum(dtype=torch.float64))}".encode())
+        digest.update(_bytes(values[:: max(1, len(values) // _SAMPLE)]))
     return digest.hexdigest()[:16]
 
 

@@ -94,7 +94,9 @@ class BlockPruner:
             walked.matched[name] = match_block_(block, name, masks, stream, targets, matching, self.recipe.seed)
         if self.recipe.smooth:
             read = [(group, self._column_norms.pop(group[0].name)) for group in groups if not group[0].is_expert_stack]
-            walked.smoothed[name] = smooth_(block, name, read, stream)
+            smoothed = smooth_(block, name, read, stream)
+            if smoothed:
+                walked.smoothed[name] = smoothed
         self.verify(name)
 
     def _take_masks(self, name: str) -> None:
@@ -123,6 +125,8 @@ class BlockPruner:
             yield group[0], together
             return
         asymmetric = recipe.refit == "asymmetric" and dense is not None and self.follow is not None
+        if "experts" in group[0].name.split("."):  # the dense model's router may send its tokens elsewhere
+            asymmetric = False
         followed = (dense, self.follow) if asymmetric else None
         statistics = group_statistics(block, name, group, stream, followed)
         self._column_norms[group[0].name] = statistics.column_norms

@@ -69,7 +69,8 @@ class Walked:
         self.raised_dampening |= facts["raised_dampening"]
         if facts["matched"]:
             self.matched[name] = Fit(**facts["matched"])
-        self.smoothed[name] = facts["smoothed"]
+        if facts["smoothed"]:
+            self.smoothed[name] = facts["smoothed"]
 
     def facts(self) -> dict[str, Any]:
         """Return what the record of a model says of it, in plain JSON values: nothing of what did not happen."""

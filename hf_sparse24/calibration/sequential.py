@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import Batch, block_names, find_chains, record
 from hf_sparse24.calibration.distillation import distill_, why_not_distilled
+from hf_sparse24.calibration.fitting import Fit
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.pruner import BlockPruner
 from hf_sparse24.calibration.recipe import Recipe, Walked
@@ -61,9 +62,7 @@ def prune_sequentially_(
         with _told_when_interrupted(pruner, [name for chain in chains for name in chain]) as bar:
             _walk(pruner, batches, chains, walked, bar)
             if recipe.distillation is not None and pruner.follow is not None:
-                walked.distilled = distill_(
-                    model, pruner.masks, batches, chains[-1][-1], pruner.follow, recipe.distillation, recipe.seed
-                )
+                walked.distilled = _distill(pruner, batches, chains[-1][-1])
                 pruner.verify()
     return walked
 
@@ -95,6 +94,23 @@ def _walk(
             bar.update()
 
 
+def _distill(pruner: BlockPruner, batches: Sequence[Batch], last_block: str) -> Fit | None:
+    """Distill the pruned model; where the device's memory does not do, say so and leave the model as the walk did."""
+    recipe = pruner.recipe
+    if recipe.distillation is None or pruner.follow is None:
+        return None
+    try:
+        return distill_(
+            pruner.model, pruner.masks, batches, last_block, pruner.follow, recipe.distillation, recipe.seed
+        )
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            f"The pruned model is not distilled: {str(error).splitlines()[0]} Use a smaller batch_size for that, or "
+            "distill=False."
+        )
+        return None
+
+
 @contextmanager
 def _told_when_interrupted(pruner: BlockPruner, names: Sequence[str]) -> Iterator[Any]:
     """Yield a progress bar over the blocks, and where the walk is left early say how far it came."""
@@ -106,8 +122,9 @@ def _told_when_interrupted(pruner: BlockPruner, names: Sequence[str]) -> Iterato
         folder = "..." if pruner.progress is None else repr(str(pruner.progress.folder))
         kept = "not kept: pass" if pruner.progress is None else "kept: load the model anew and repeat the call with"
         then = "next time, to go on where it stops" if pruner.progress is None else "to go on from there"
+        state = "in part" if pruner.finished < len(names) else "but not recorded as such"
         logger.warning(
-            f"Pruning stopped in {where} ({type(error).__name__}), and the model is pruned in part. "
+            f"Pruning stopped in {where} ({type(error).__name__}), and the model is pruned {state}. "
             f"{pruner.finished} of {len(names)} blocks are finished and {kept} progress_folder={folder} {then}."
         )
         raise

@@ -39,13 +39,7 @@ def smooth_(block: nn.Module, name: str, groups: Sequence[tuple[Group, Tensor]],
         scale = power_of_two_scale(column_norms, weights)
         if (scale == 1).all():
             continue
-        before = stream.run(block, name, 0)
-        _rescale_(norm, weights, scale)
-        differs = not torch.equal(before, stream.run(block, name, 0))
-        if processes.largest(int(differs), scale.device):
-            _rescale_(norm, weights, 1 / scale)
-        else:
-            smoothed += 1
+        smoothed += _rescale_if_exact_(block, name, norm, weights, scale, stream)
     return smoothed
 
 
@@ -70,14 +64,36 @@ def power_of_two_scale(column_norms: Tensor, weights: Sequence[Tensor]) -> Tenso
     return torch.exp2((logarithm - logarithm.mean()).round())
 
 
+def _rescale_if_exact_(
+    block: nn.Module, name: str, norm: nn.Module, weights: Sequence[Tensor], scale: Tensor, stream: Stream
+) -> bool:
+    """Divide what a norm writes and multiply what reads it, unless that changes anything; tell whether it was done."""
+    affine = [parameter for parameter in (norm.weight, getattr(norm, "bias", None)) if parameter is not None]
+    tensors = [*affine, *weights]
+    factors = [1 / scale] * len(affine) + [scale] * len(weights)
+    scaled = [tensor.detach() * factor.to(tensor.dtype) for tensor, factor in zip(tensors, factors, strict=True)]
+    # What underflows or overflows does not come back.
+    exact = all(
+        torch.equal(new / factor.to(new.dtype), old.detach())
+        for new, factor, old in zip(scaled, factors, tensors, strict=True)
+    )
+    if not exact:
+        return False
+    before = stream.run(block, name, 0)
+    kept = [tensor.detach().clone() for tensor in tensors]
+    _put(tensors, scaled)
+    differs = not torch.equal(before, stream.run(block, name, 0))
+    if processes.largest(int(differs), scale.device):
+        _put(tensors, kept)
+        return False
+    return True
+
+
+def _put(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.data.copy_(value)
+
+
 def _positive(sizes: Tensor) -> Tensor:
     """Lift what is zero or next to it, as of a dead feature, to a small share of the largest."""
     return sizes.clamp_min(max(1e-5 * float(sizes.max()), torch.finfo(torch.float32).tiny))
-
-
-def _rescale_(norm: nn.Module, weights: Sequence[Tensor], scale: Tensor) -> None:
-    for parameter in (norm.weight, getattr(norm, "bias", None)):
-        if parameter is not None:
-            parameter.data = parameter / scale.to(parameter.dtype)
-    for weight in weights:
-        weight.data.mul_(scale.to(weight.dtype))

@@ -8,7 +8,7 @@ need. A document much longer than a window is read in pieces, one of each docume
 Batches that the user made (images, audio, encoder-decoder inputs, anything) pass as they are.
 
 Of a text file the last tenth is never read here; it is the held-out text of `evaluation`, which cuts with the same
-`split_text`. Whatever is wrong with the data is found here, before a single weight has changed.
+`split_text`. What is wrong with the data is found here, before a weight has changed, as far as the data alone show it.
 """
 
 import itertools
@@ -260,6 +260,9 @@ def _model_inputs(source: Any, model: Any, num_samples: int) -> list[dict[str, A
     for item in source:
         batch = _as_model_input(item, len(batches))
         _check_values(batch, len(batches), model)
+        for key in ("input_ids", "decoder_input_ids"):
+            if isinstance(batch.get(key), Tensor) and batch[key].ndim == 2:
+                check_context(model, batch[key].shape[1])
         batches.append(batch)
         found += next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
         if found >= num_samples:

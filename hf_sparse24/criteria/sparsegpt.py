@@ -21,7 +21,7 @@ def sparsegpt(objective: Objective, block_size: int = 128) -> Tensor:
         objective (`Objective`): the layer's problem; only its weights and Hessian are used.
         block_size (`int`): columns whose repairs are applied to the rest at once; divisible by 4.
     """
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(objective.factor), upper=True)
+    upper = _inverse_factor(objective.hessian)
     # Columns are contiguous in the transposed weight, which is what the loop walks along.
     weight_KN = objective.weight.t().clone(memory_format=torch.contiguous_format)
     for start in range(0, len(weight_KN), block_size):
@@ -29,6 +29,21 @@ def sparsegpt(objective: Objective, block_size: int = 128) -> Tensor:
         errors = _prune_block_(weight_KN[start:end], upper[start:end, start:end])
         weight_KN[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
     return weight_KN.t().contiguous()
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """Return U upper triangular with H^-1 = U^T U, without forming the inverse.
+
+    With the order of rows and columns reversed a lower factor becomes an upper one: H = R R^T, and U = R^-1.
+    """
+    factor, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    if failed:
+        raise ValueError(
+            f"SparseGPT cannot factorize the Hessian of a layer with {len(hessian)} inputs. Raise dampening, or give "
+            "more calibration data."
+        )
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(factor.flip(0, 1), identity, upper=True)
 
 
 def _prune_block_(block_BN: Tensor, upper_BB: Tensor) -> Tensor:

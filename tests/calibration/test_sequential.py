@@ -11,9 +11,9 @@ from transformers import LlamaForSequenceClassification
 from hf_sparse24 import Sparse24Config, prune_, sparsity_report
 from hf_sparse24.calibration import pruner, sequential
 from hf_sparse24.calibration.distillation import why_not_distilled
-from hf_sparse24.calibration.fitting import Schedule
+from hf_sparse24.calibration.fitting import Schedule, fit_
 from hf_sparse24.calibration.matching import Matching
-from hf_sparse24.calibration.progress import Progress, fingerprint_data
+from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
 from hf_sparse24.calibration.recipe import Recipe
 from hf_sparse24.calibration.sequential import prune_sequentially_
 from hf_sparse24.criteria.alps import alps
@@ -559,9 +559,76 @@ def test_weights_that_are_not_there_or_not_finite_are_refused_before_anything_is
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
 
 
-def test_inputs_that_overflow_are_named_with_the_projection():
+def test_a_model_that_overflows_is_refused_before_a_weight_changes():
     model = larger("llama", torch.float16)
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(3e3)
     model.model.layers[0].mlp.up_proj.weight.data.mul_(3e3)
-    with pytest.raises(ValueError, match=r"The inputs of model\.layers\.0\.mlp\.down_proj hold NaN or Inf"):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"hidden states behind model\.layers\.0 hold NaN or Inf"):
         walk_(model, text_batches(2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class TestRefusedBeforeAWeightChanges:
+    def refused(self, message, config, batches, model=None):
+        model = model or build("llama")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            prune_(model, config, batches)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_training_in_inference_mode(self):
+        with torch.inference_mode():
+            self.refused("inference_mode", Sparse24Config(match_blocks=True), [inputs("llama")])
+
+    def test_batches_longer_than_the_context(self):
+        long = {"input_ids": torch.ones(1, 2000, dtype=torch.int64)}
+        self.refused("context of 1024 tokens", Sparse24Config(method="wanda"), [long], build("gpt2"))
+
+    def test_batches_that_the_model_does_not_take(self):
+        batches = [{"pixel_values": torch.randn(2, 3, 32, 32)}]
+        self.refused("cannot run the first calibration batch, which has pixel_values", Sparse24Config(), batches)
+
+
+def test_too_little_memory_for_distillation_costs_nothing_but_the_distillation(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(sequential, "distill_", full)
+    model = build("llama")
+    report = prune_(model, Sparse24Config(distill=True, match_blocks=False), [inputs("llama")])
+    assert report.totals["violating_groups"] == 0
+    assert "distilled" not in model.config.sparse24["calibration"]
+
+
+def test_a_training_that_fails_leaves_the_best_state():
+    weight = torch.nn.Parameter(torch.ones(4))
+    calls = []
+
+    def loss(index):
+        calls.append(index)
+        if len(calls) == 3:  # once to begin with, once for a step
+            raise RuntimeError("out of luck")
+        return weight.sum()
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit_([weight], {}, loss, 4, Schedule(steps=100, learning_rate=0.1), seed=0)
+    # The second of three steps to the next evaluation failed: the best state is the first one.
+    assert torch.equal(weight.detach(), torch.ones(4))
+
+
+def test_models_that_differ_anywhere_have_other_fingerprints():
+    def changed(change):
+        model = build("llama")
+        change(model)
+        return fingerprint_model(model)
+
+    def last_value(model):
+        model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
+
+    def rotary_base(model):
+        model.config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0}
+
+    same = changed(lambda model: None)
+    assert same == changed(lambda model: None)
+    assert len({same, changed(last_value), changed(rotary_base)}) == 3
