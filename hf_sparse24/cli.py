@@ -30,52 +30,74 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --quantization int8",
+    help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --dataset text.txt",
 )
 
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write; must not exist or be empty.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="alps, sparsegpt, ria, wanda, magnitude, or auto: the best recipe with --dataset, else magnitude."
+    ),
+]
+Quantization = Annotated[str | None, typer.Option(help="int8 or fp8: weights and activations.")]
+Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="--no-pack writes dense weights with zeros.")]
+Dataset = Annotated[
+    str | None, typer.Option(help="Calibration text: a file, the name of a dataset, or self (the model writes it).")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="Of the text; default: the model's own.")]
+Windows = Annotated[int, typer.Option(help="Calibration windows.")]
+WindowLength = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+Seed = Annotated[int, typer.Option(help="Of all that is random.")]
+Refit = Annotated[
+    bool | None,
+    typer.Option("--refit/--no-refit", help="Refit the weights that stay. Default: with --dataset, after any method."),
+]
+MatchBlocks = Annotated[
+    bool | None,
+    typer.Option(
+        "--match-blocks/--no-match-blocks", help="Train each block against the dense one. Default: on a GPU."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
+ProgressFolder = Annotated[
+    str | None, typer.Option(help="Keeps finished blocks, so that the same command goes on where it stopped.")
+]
+TargetModules = Annotated[list[str] | None, typer.Option(help="Prune only these, e.g. q_proj; repeat the option.")]
+KeptDense = Annotated[list[str] | None, typer.Option(help="Keep these dense; repeat the option.")]
 
 
 @app.command()
 def prune(
     model: Model,
     out: Out,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="alps, sparsegpt, ria, wanda, magnitude, or auto: the best recipe with --dataset, else magnitude."
-        ),
-    ] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="int8 or fp8 (W8A8).")] = None,
-    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="--no-pack writes dense weights with zeros.")] = True,
+    method: Method = "auto",
+    quantization: Quantization = None,
+    pack: Pack = True,
     dtype: Dtype = "auto",
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Calibration text: a file, the name of a dataset, or self (the model writes it)."),
-    ] = None,
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
-    match_blocks: Annotated[
-        bool | None,
-        typer.Option(
-            "--match-blocks/--no-match-blocks", help="Train each block against the dense one. Default: on a GPU."
-        ),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    target_modules: Annotated[list[str] | None, typer.Option(help="Prune only these; repeatable.")] = None,
-    modules_to_not_convert: Annotated[list[str] | None, typer.Option(help="Keep these dense; repeatable.")] = None,
+    dataset: Dataset = None,
+    tokenizer: Tokenizer = None,
+    num_samples: Windows = 128,
+    sequence_length: WindowLength = 1024,
+    seed: Seed = 0,
+    refit: Refit = None,
+    match_blocks: MatchBlocks = None,
+    device: Device = None,
+    progress_folder: ProgressFolder = None,
+    target_modules: TargetModules = None,
+    modules_to_not_convert: KeptDense = None,
     as_json: AsJson = False,
 ) -> None:
     """Prune MODEL to 2:4 and write it to OUT, packed unless --no-pack.
 
     Examples:
 
-        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --quantization int8
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --dataset book.txt --quantization int8
 
-        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --quantization int8 --dataset book.txt --num-samples 256
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-wanda --dataset book.txt --method wanda --no-refit --no-match-blocks
 
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-masked --no-pack --modules-to-not-convert down_proj
     """
@@ -83,10 +105,14 @@ def prune(
         method=method,
         quantization=quantization,
         pack=pack,
+        refit=refit,
         dataset=dataset,
+        tokenizer=tokenizer,
         num_samples=num_samples,
         sequence_length=sequence_length,
+        seed=seed,
         match_blocks=match_blocks,
+        progress_folder=progress_folder,
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
@@ -129,7 +155,7 @@ def evaluate(
     dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="How many to score at most.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -180,6 +206,8 @@ def main() -> None:
 
 def _load(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model with the class that its config names, as it was saved."""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"There is no folder {name}. Name a folder with a transformers model, or a Hub id.")
     config = AutoConfig.from_pretrained(name)
     if kwargs and getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method")

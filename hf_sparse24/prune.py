@@ -105,6 +105,11 @@ def prune_calibrated_(
     if reason is not None:
         logger.warning(f"{type(model).__name__} is pruned without distillation: {reason}.")
         recipe = replace(recipe, distillation=None)
+    if config.method == "auto" and recipe.matching is None and config.match_blocks is None:
+        logger.warning_once(
+            "By default blocks are matched, and the model distilled, on a GPU only; match_blocks=True and "
+            "distill=True do so here, slowly."
+        )
     facts = {**config.describe_data(data), **recipe.facts()}
     progress = _progress(model, selection, config.progress_folder, facts, recipe, batches)
     walked = prune_sequentially_(model, selection, batches, recipe, config.calibration_device, progress)

@@ -139,8 +139,8 @@ def print_sparsity_report(report: SparsityReport | nn.Module, console: Console |
     ratio = f" ({sparse / dense:.3f}x)" if dense else ""
     console.print(
         f"2:4: {totals['matrices_2to4']} of {totals['matrices']} matrices, {_megabytes(dense)} dense -> "
-        f"{_megabytes(sparse)} stored{ratio}; whole model {_megabytes(totals['bytes_dense'])} -> "
-        f"{_megabytes(totals['bytes_stored'])}; violating groups: {totals['violating_groups']}"
+        f"{_megabytes(sparse)} stored{ratio}; violating groups: {totals['violating_groups']}\n"
+        f"whole model: {_megabytes(totals['bytes_dense'])} -> {_megabytes(totals['bytes_stored'])}"
     )
     for note in report.notes:
         console.print(note, highlight=False)
