@@ -62,7 +62,8 @@ class Sparse24Config(QuantizationConfigMixin):
             (source, weight) pairs, or an iterable of model inputs.
         tokenizer: for text; default: the one that belongs to the model.
         num_samples (`int`), sequence_length (`int`, tokens), batch_size (`int`), seed (`int`): the calibration sample.
-        dampening (`float`): added to the diagonal of the Hessian, as a share of its mean.
+        dampening (`float`): added to the diagonal of the Hessian, as a share of its mean; more is added where there
+            are few calibration tokens for a layer's inputs.
         match_blocks (`bool`, *optional*): train each pruned block for a moment against the dense one. None: on a GPU,
             where there are calibration data.
         distill (`bool`, *optional*): train the whole pruned model for a moment against the dense one, which takes 20

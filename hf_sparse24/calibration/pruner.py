@@ -14,7 +14,7 @@ from hf_sparse24.calibration.matching import match_block_
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.recipe import Recipe, Walked
 from hf_sparse24.calibration.smoothing import smooth_
-from hf_sparse24.calibration.solve import Solution, solve
+from hf_sparse24.calibration.solve import Solution, full_dampening, solve
 from hf_sparse24.pattern import apply_mask_, find_violations
 from hf_sparse24.selection import Selection, Target
 
@@ -86,7 +86,7 @@ class BlockPruner:
         for group in groups:
             for target, solution in self._solve_group(block, name, group, stream, dense):
                 _write_(block, name, target, solution, masks)
-                if solution.dampening > self.recipe.dampening:
+                if solution.raised:
                     walked.raised_dampening[target.name] = solution.dampening
         matching = self.recipe.matching
         if matching is not None and dense is not None:
@@ -114,13 +114,14 @@ class BlockPruner:
         if group[0].is_expert_stack:
             statistics = expert_statistics(block, name, group[0], stream)
             parts = [
-                solve([weight], statistic, recipe.method, refitted, recipe.dampening)
+                solve([weight], statistic, recipe.method, refitted, full_dampening(recipe.dampening, statistic))
                 for weight, statistic in zip(weights[0], statistics, strict=True)
             ]
             together = Solution(
                 [torch.stack([part.weights[0] for part in parts])],
                 [torch.stack([part.masks[0] for part in parts])],
                 max(part.dampening for part in parts),
+                any(part.raised for part in parts),
             )
             yield group[0], together
             return
@@ -130,9 +131,10 @@ class BlockPruner:
         followed = (dense, self.follow) if asymmetric else None
         statistics = group_statistics(block, name, group, stream, followed)
         self._column_norms[group[0].name] = statistics.column_norms
-        solution = solve(weights, statistics, recipe.method, refitted, recipe.dampening)
+        dampening = full_dampening(recipe.dampening, statistics)
+        solution = solve(weights, statistics, recipe.method, refitted, dampening)
         for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
-            yield target, Solution([weight], [mask], solution.dampening)
+            yield target, Solution([weight], [mask], solution.dampening, solution.raised)
 
     def _targets_of_matching(
         self, name: str, stream: Stream, dense: nn.Module, follow: Stream | None, target: str

@@ -14,6 +14,8 @@ from hf_sparse24.criteria.sparsegpt import sparsegpt
 from hf_sparse24.pattern import mask_2to4
 from hf_sparse24.statistics import InputStatistics
 
+_SHRINKAGE = 0.3
+
 RECONSTRUCTING = {"sparsegpt": sparsegpt, "alps": alps}
 
 
@@ -25,11 +27,23 @@ class Solution:
         weights (`list[Tensor]`): float32, one (N, K) a projection, 2:4.
         masks (`list[Tensor]`): bool, which weights stay.
         dampening (`float`): what the Hessian was damped with.
+        raised (`bool`): whether that is more than was meant, since it was not positive definite.
     """
 
     weights: list[Tensor]
     masks: list[Tensor]
     dampening: float
+    raised: bool = False
+
+
+def full_dampening(dampening: float, statistics: InputStatistics) -> float:
+    """Return the dampening for statistics of so many tokens: with few of them a Hessian is mostly chance.
+
+    A share of the ratio of inputs to tokens is added, in the spirit of Ledoit & Wolf's shrinkage (2004). It is
+    nothing for 128 windows of 1024 tokens; with 512 tokens it takes the perplexity of Wanda with a refit from 226 to
+    68, with 8,192 that of ALPS with a refit from 33.1 to 31.7 (SmolLM2; a third of the share gives 72 and 32.1).
+    """
+    return dampening + _SHRINKAGE * len(statistics.hessian) / statistics.tokens
 
 
 def solve(
@@ -42,7 +56,7 @@ def solve(
         statistics (`InputStatistics`): of their inputs; with `cross`, the refit targets the dense model's outputs.
         method (`str`): "magnitude", "wanda", "ria", "sparsegpt" or "alps".
         refitted (`bool`): refit the values of the weights that stay.
-        dampening (`float`): share of the Hessian's mean diagonal.
+        dampening (`float`): share of the Hessian's mean diagonal (see `full_dampening`).
     """
     stacked = torch.cat([weight.to(torch.float32) for weight in weights])
     needs_objective = refitted or method in RECONSTRUCTING
@@ -58,9 +72,8 @@ def solve(
         target = objective if statistics.cross is None else objective.asymmetric(statistics.cross)
         values = refit(target, mask, values)
     rows = [len(weight) for weight in weights]
-    return Solution(
-        list(values.split(rows)), list(mask.split(rows)), dampening if objective is None else objective.dampening
-    )
+    found = dampening if objective is None else objective.dampening
+    return Solution(list(values.split(rows)), list(mask.split(rows)), found, found > dampening)
 
 
 def _scores(method: str, weight: Tensor, column_norms: Tensor) -> Tensor:

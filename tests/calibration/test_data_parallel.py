@@ -100,13 +100,13 @@ def projections(folder):
     return [f"{target.name}.weight" for target in select(LlamaForCausalLM.from_pretrained(folder / "dense")).targets]
 
 
-@pytest.mark.parametrize(("method", "same"), [("wanda", 1.0), ("alps", 0.99)])
+@pytest.mark.parametrize(("method", "same"), [("wanda", 1.0), ("sparsegpt", 0.999), ("alps", 0.95)])
 def test_two_processes_prune_as_one(source, method, same):
     ((alone,), _), (both, _) = run(source, "one", 1, method), run(source, "two", 2, method)
     assert_bit_equal(*both)
     for key in projections(source):
-        # The Hessian is summed in another order. Scores of wanda are well apart; ALPS iterates, and a near tie may
-        # turn over.
+        # The Hessian is summed in another order. Scores of wanda and sparsegpt are well apart; in ALPS a near tie that
+        # turns over moves its neighbours in the iterations to come.
         assert ((both[0][key] == 0) == (alone[key] == 0)).float().mean() >= same, key
         if method == "alps":
             continue

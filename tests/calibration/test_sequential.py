@@ -131,7 +131,10 @@ def prune_by_hand_(model, batches):
             statistics = InputStatistics(modules[0].in_features, asymmetric=True)
             for ours, theirs in zip(read_by(model, first), read_by(dense, first), strict=True):
                 statistics.add(ours, theirs)
-            objective = layer_objective(torch.cat([module.weight for module in modules]), statistics.hessian, 0.01)
+            dampening = 0.01 + 0.3 * len(statistics.hessian) / statistics.tokens
+            objective = layer_objective(
+                torch.cat([module.weight for module in modules]), statistics.hessian, dampening
+            )
             values = alps(objective)
             mask = mask_2to4(values.abs())
             fitted = refit(objective.asymmetric(statistics.cross), mask, values)
@@ -164,11 +167,11 @@ def test_the_output_is_closer_to_the_dense_one_than_magnitudes(family):
 
 def test_a_hessian_that_needs_more_dampening_is_reported(monkeypatch):
     def raised(weight, hessian, dampening):
-        return layer_objective(weight, hessian, 0.1 if weight.shape[1] == 64 else dampening)
+        return layer_objective(weight, hessian, 5.0 if weight.shape[1] == 64 else dampening)
 
     monkeypatch.setattr("hf_sparse24.calibration.solve.layer_objective", raised)
     walked = walk_(larger("llama"), text_batches())
-    assert walked.raised_dampening == {f"model.layers.{layer}.mlp.down_proj": 0.1 for layer in range(2)}
+    assert walked.raised_dampening == {f"model.layers.{layer}.mlp.down_proj": 5.0 for layer in range(2)}
     assert walked.facts() == {"raised_dampening": walked.raised_dampening}
 
 

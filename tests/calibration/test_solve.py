@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_sparse24.calibration.solve import solve
+from hf_sparse24.calibration.solve import full_dampening, solve
 from hf_sparse24.criteria.alps import alps
 from hf_sparse24.criteria.objective import layer_objective
 from hf_sparse24.criteria.saliency import ria, wanda
@@ -146,3 +146,11 @@ def test_the_damping_that_was_needed_is_told():
     assert run(weights, statistics, "wanda").dampening == 0.01  # no Hessian is factored
     for method, refitted in (("sparsegpt", False), ("alps", False), ("wanda", True)):
         assert run(weights, statistics, method, refitted).dampening == pytest.approx(0.1)
+
+
+def test_few_tokens_are_damped_more_than_many():
+    statistics = InputStatistics(8)
+    statistics.tokens = 8
+    assert full_dampening(0.01, statistics) == pytest.approx(0.31)
+    statistics.tokens = 8000
+    assert full_dampening(0.01, statistics) == pytest.approx(0.0103)
