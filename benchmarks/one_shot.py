@@ -1,7 +1,7 @@
 """One-shot pruning on a real model: every method, with and without refit and block matching, and the default.
 
     python benchmarks/one_shot.py smollm2                # all rows of a model; a GPU is taken where there is one
-    python benchmarks/one_shot.py smollm2 --rows default # some rows: names, or the first words of them
+    python benchmarks/one_shot.py smollm2 --rows default # some rows, by name
     python benchmarks/one_shot.py --collect              # results/one_shot_NAME.json from the rows of all runs
 
 Each row is appended to results/one_shot_NAME.jsonl as soon as it is there, so that several processes can share the
@@ -83,7 +83,7 @@ def append(name, facts):
 
 
 def collect():
-    """Turn the lines of all runs into one file a model, with the conditions, the dense model and a ratio to it."""
+    """Turn the lines of all runs into one file a model, the dense model first, with the conditions."""
     for file in sorted(RESULTS.glob("one_shot_*.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         rows = {line.pop("row"): line for line in lines}
@@ -99,7 +99,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=("smollm2", "minilm", "whisper", "dinov2"))
     parser.add_argument("--rows", nargs="*", default=[])
-    parser.add_argument("--exact", action="store_true", help="take rows by their whole name")
     parser.add_argument("--folder", default=MODELS)
     parser.add_argument("--collect", action="store_true")
     arguments = parser.parse_args()

@@ -199,7 +199,7 @@ def main() -> None:
     """Run the command line; what the user can repair is one line on stderr, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
 

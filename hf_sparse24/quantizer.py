@@ -38,8 +38,7 @@ class Sparse24HfQuantizer(HfQuantizer):
         """Refuse, before anything is loaded, what cannot work.
 
         Raises:
-            `ValueError`: weights would go to disk, or the backend cannot run here.
-            `NotImplementedError`: the method is not available in this version.
+            `ValueError`: weights would go to disk, the backend cannot run here, or the method needs calibration data.
         """
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:

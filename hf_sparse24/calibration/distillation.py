@@ -9,7 +9,8 @@ squared error.
 Embeddings, the final norm and heads stay as they are; kept weights, norms and biases of the blocks are trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,17 +48,9 @@ def distill_(
         parameters += trained_parameters(model.get_submodule(name), {})
 
     def loss(index: int) -> Tensor:
-        def append_teacher(block: nn.Module, args: Any, output: Any) -> Any:
-            student = hidden_of(output)
-            both = torch.cat([student, teacher.hidden[index].to(student)])
-            return both if isinstance(output, Tensor) else (both, *output[1:])
-
-        handle = model.get_submodule(last_block).register_forward_hook(append_teacher)
-        try:
-            with mixed_precision(device, teacher.hidden[index].dtype):
-                output = model(**model_inputs(model, batches[index]))
-        finally:
-            handle.remove()
+        states = teacher.hidden[index]
+        with _riding_along(model.get_submodule(last_block), states), mixed_precision(device, states.dtype):
+            output = model(**model_inputs(model, batches[index]))
         return _divergence(output, batches[index])
 
     return fit_(parameters, masks, loss, len(batches), schedule, seed)
@@ -69,26 +62,36 @@ def why_not_distilled(model: nn.Module, batch: Batch, last_block: str) -> str | 
 
     They cannot where two towers meet, or where the head looks for a token of its own for each sequence of the input.
     """
-    rows = 0
-
-    def append_itself(block: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal rows
-        states = hidden_of(output)
-        rows = 2 * len(states)
-        both = torch.cat([states, states])
-        return both if isinstance(output, Tensor) else (both, *output[1:])
-
-    handle = model.get_submodule(last_block).register_forward_hook(append_itself)
     try:
-        output = model(**model_inputs(model, batch))
+        with _riding_along(model.get_submodule(last_block)) as rows:
+            output = model(**model_inputs(model, batch))
+        states = output.get("logits", output.get("last_hidden_state"))
     except Exception as error:  # it ran before; whatever fails now fails for the doubled hidden states
         return f"what follows {last_block} takes no second batch ({type(error).__name__})"
-    finally:
-        handle.remove()
-    states = output.get("logits", output.get("last_hidden_state"))
-    if not isinstance(states, Tensor) or len(states) != rows:
+    if not isinstance(states, Tensor) or [len(states)] != rows:
         return f"the model's output does not follow from {last_block} alone"
     return None
+
+
+@contextmanager
+def _riding_along(block: nn.Module, states: Tensor | None = None) -> Iterator[list[int]]:
+    """While active, other hidden states follow a block's own in one batch; without any, a copy of its own.
+
+    Yields a list to which each call adds the number of sequences in that batch.
+    """
+    rows: list[int] = []
+
+    def append(block: nn.Module, args: Any, output: Any) -> Any:
+        own = hidden_of(output)
+        both = torch.cat([own, own if states is None else states.to(own)])
+        rows.append(len(both))
+        return both if isinstance(output, Tensor) else (both, *output[1:])
+
+    handle = block.register_forward_hook(append)
+    try:
+        yield rows
+    finally:
+        handle.remove()
 
 
 def _divergence(output: Any, batch: Batch) -> Tensor:

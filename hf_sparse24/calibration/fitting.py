@@ -102,45 +102,28 @@ def _train(
     optimizer = torch.optim.Adam(groups, fused=device.type == "cuda")
     before = lowest = _mean_loss(loss, test)
     best = [parameter.detach().clone() for parameter in parameters]
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
+    epoch = processes.largest(len(train), device)
+    queue: list[int] = []
     try:
-        lowest = _descend(parameters, masks, loss, train, test, schedule, shuffle, optimizer, best, lowest)
+        for step in range(1, schedule.steps + 1):
+            queue = queue or shuffle.sample(train, len(train))
+            optimizer.zero_grad()
+            loss(queue.pop()).backward()
+            _average_gradients(parameters)
+            for parameter, mask in masks.items():
+                if parameter.grad is not None:  # else this batch does not use it
+                    parameter.grad.mul_(mask)
+            optimizer.step()
+            cosine.step()
+            if step % epoch == 0 or step == schedule.steps:
+                found = _mean_loss(loss, test)
+                if found < lowest:
+                    lowest = found
+                    torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
     finally:  # also where it fails: nothing is left in the middle of a step
         torch._foreach_copy_([parameter.data for parameter in parameters], best)
     return Fit(before, lowest)
-
-
-def _descend(
-    parameters: Sequence[nn.Parameter],
-    masks: Masks,
-    loss: Callable[[int], Tensor],
-    train: list[int],
-    test: list[int],
-    schedule: Schedule,
-    shuffle: random.Random,
-    optimizer: torch.optim.Optimizer,
-    best: list[Tensor],
-    lowest: float,
-) -> float:
-    """Take the steps, keep the best state in `best`, and return its held-out loss."""
-    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
-    epoch = processes.largest(len(train), parameters[0].device)
-    queue: list[int] = []
-    for step in range(1, schedule.steps + 1):
-        queue = queue or shuffle.sample(train, len(train))
-        optimizer.zero_grad()
-        loss(queue.pop()).backward()
-        _average_gradients(parameters)
-        for parameter, mask in masks.items():
-            if parameter.grad is not None:  # else this batch does not use it
-                parameter.grad.mul_(mask)
-        optimizer.step()
-        cosine.step()
-        if step % epoch == 0 or step == schedule.steps:
-            found = _mean_loss(loss, test)
-            if found < lowest:
-                lowest = found
-                torch._foreach_copy_(best, [parameter.detach() for parameter in parameters])
-    return lowest
 
 
 def _by_size(parameters: Sequence[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:

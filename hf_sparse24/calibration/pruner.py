@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import Stream, block_of
 from hf_sparse24.calibration.fitting import Masks
-from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
+from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics, module_of
 from hf_sparse24.calibration.matching import match_block_
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.recipe import Recipe, Walked
@@ -155,13 +155,13 @@ class BlockPruner:
 
 def _matrices(block: nn.Module, name: str, target: Target) -> Tensor:
     """Return the weight of a target with its inputs last: (N, K), or (experts, N, K)."""
-    weight = getattr(block.get_submodule(target.module_name[len(name) + 1 :]), target.parameter).detach()
+    weight = getattr(module_of(block, name, target), target.parameter).detach()
     return weight.movedim(target.dim, -1)
 
 
 def _write_(block: nn.Module, name: str, target: Target, solution: Solution, masks: Masks) -> None:
     """Put new values into a projection, the same ones in every process, and note its mask."""
-    parameter = getattr(block.get_submodule(target.module_name[len(name) + 1 :]), target.parameter)
+    parameter = getattr(module_of(block, name, target), target.parameter)
     weight = torch.empty_like(parameter, memory_format=torch.contiguous_format)  # memory of its own
     weight.copy_(solution.weights[0].movedim(-1, target.dim))
     mask = solution.masks[0].movedim(-1, target.dim).contiguous()

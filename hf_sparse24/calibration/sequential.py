@@ -61,9 +61,7 @@ def prune_sequentially_(
         chains = find_chains(model, batches[0], names)
         with _told_when_interrupted(pruner, [name for chain in chains for name in chain]) as bar:
             _walk(pruner, batches, chains, walked, bar)
-            if recipe.distillation is not None and pruner.follow is not None:
-                walked.distilled = _distill(pruner, batches, chains[-1][-1])
-                pruner.verify()
+            walked.distilled = _distill(pruner, batches, chains[-1][-1])
     return walked
 
 
@@ -95,12 +93,15 @@ def _walk(
 
 
 def _distill(pruner: BlockPruner, batches: Sequence[Batch], last_block: str) -> Fit | None:
-    """Distill the pruned model; where the device's memory does not do, say so and leave the model as the walk did."""
+    """Distill the pruned model where that was asked for.
+
+    Where the device's memory does not do, say so and leave the model as the walk did.
+    """
     recipe = pruner.recipe
     if recipe.distillation is None or pruner.follow is None:
         return None
     try:
-        return distill_(
+        fit = distill_(
             pruner.model, pruner.masks, batches, last_block, pruner.follow, recipe.distillation, recipe.seed
         )
     except torch.OutOfMemoryError as error:
@@ -109,6 +110,8 @@ def _distill(pruner: BlockPruner, batches: Sequence[Batch], last_block: str) -> 
             "distill=False."
         )
         return None
+    pruner.verify()
+    return fit
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def full_dampening(dampening: float, statistics: InputStatistics) -> float:
 
     A share of the ratio of inputs to tokens is added, in the spirit of Ledoit & Wolf's shrinkage (2004). It is
     nothing for 128 windows of 1024 tokens; with 512 tokens it takes the perplexity of Wanda with a refit from 226 to
-    68, with 8,192 that of ALPS with a refit from 33.1 to 31.7 (SmolLM2; a third of the share gives 72 and 32.1).
+    68, with 8,192 that of ALPS with a refit from 33.1 to 31.7 (SmolLM2; a third of
+    the share gives 72 and 32.1: benchmarks/results/dampening.json).
     """
     return dampening + _SHRINKAGE * len(statistics.hessian) / statistics.tokens
 
