@@ -123,8 +123,10 @@ def scatter_values(values: Tensor, indices: Tensor) -> Tensor:
 def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     """Quantize symmetrically, one scale an output channel.
 
-    INT8 rounds to the nearest integer (halves to even) in [-127, 127]; FP8 is e4m3, saturating at 448. The largest
-    magnitude of a row maps to the largest value; a row of zeros has scale 1. Zero stays zero and never becomes -0.0.
+    INT8 rounds to the nearest integer (halves to even) in [-127, 127], to which the largest magnitude of a row maps.
+    FP8 is e4m3 with scales that are powers of two: its steps grow with the value, so that a finer scale buys nothing,
+    and values that were rounded before (see `criteria.rounding`) are packed as they are. A row of zeros has scale 1.
+    Zero stays zero and never becomes -0.0.
 
     Args:
         weight (`Tensor`): (..., N, K), floating; dense or the values of a packed weight.
@@ -144,7 +146,7 @@ def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     for source, target, target_scale in zip(
         _blocks(weight, width), _blocks(quantized, width), _blocks(scale.unsqueeze(-1), width), strict=True
     ):
-        target_scale.copy_(absmax_scale(source, dtype))
+        target_scale.copy_(weight_scale(source, dtype))
         rounded = round_to(source.float() / target_scale, dtype)
         bits_of(target).copy_(positive_zero_bits(rounded))
     return quantized, scale
@@ -159,6 +161,15 @@ def absmax_scale(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Tensor by tensor: a GPU multiplies by the reciprocal of a scalar, which is another float now and then.
     scale = largest / torch.full_like(largest, LARGEST_VALUE[dtype])
     return torch.where(scale == 0, 1.0, scale)
+
+
+def weight_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the float32 scale (..., 1) of each row of a weight: `absmax_scale`, for FP8 the power of two above it."""
+    scale = absmax_scale(weight, dtype)
+    if dtype != torch.float8_e4m3fn:
+        return scale
+    mantissa, _ = torch.frexp(scale)  # in [0.5, 1)
+    return torch.where(mantissa == 0.5, scale, scale / mantissa)
 
 
 def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:

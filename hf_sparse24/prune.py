@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 _ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "smooth", "calibration_device", "progress_folder")
 
 DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
-BYTES_A_LOGIT = 32  # student's and teacher's, their logarithms of softmax in float32, and the gradient
+BYTES_A_LOGIT = 12  # student's and teacher's in 16 bits, the gradient of both, and a margin for their softmax
 BYTES_A_DISTILLED_WEIGHT = 20  # in float32: the weight, its gradient, Adam's two moments, the best state so far
 
 
@@ -43,7 +43,8 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
-        config (`Sparse24Config`, *optional*): method and modules; `pack` and `quantization` are left to `pack_`.
+        config (`Sparse24Config`, *optional*): method and modules. Packing is left to `pack_`; with `quantization` what
+            calibrated methods write is fitted to be rounded so.
         calibration (*optional*): calibration data in place of `config.dataset`, in any form that it takes.
 
     Returns:
@@ -169,6 +170,7 @@ def recipe_of(config: Sparse24Config, method: str, device: torch.device | str) -
         dampening=config.dampening,
         matching=Matching() if matches else None,
         distillation=DISTILLATION if distills else None,
+        quantization=config.quantization,
         smooth=config.quantization == "int8" if config.smooth is None else config.smooth,
         seed=config.seed,
     )

@@ -89,10 +89,23 @@ def test_fp8_rounds_to_the_nearest_value_and_saturates():
     weight = sparse(16, 64)
     values, scale = quantize_rows(weight, "fp8")
     assert values.dtype == torch.float8_e4m3fn
-    assert values.float().abs().amax(1).tolist() == [448.0] * 16
+    assert (scale.frexp().mantissa == 0.5).all()  # powers of two, the smallest that do
+    largest = weight.abs().amax(1) / scale
+    assert ((largest > 224) & (largest <= 448)).all()
     ratio = (weight / scale[:, None]).double()
     # e4m3 has 3 mantissa bits, so half a step is 2^-4 of the value; below 2^-6 steps are 2^-9.
     assert ((values.double() - ratio).abs() <= torch.clamp(ratio.abs() * 2**-4, min=2**-10) * (1 + 2**-20)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_rounded_to_fp8_is_packed_as_it_is(dtype):
+    weight = sparse(64, 256, dtype)
+    once = unpack_weight(pack_weight(weight, "fp8"), dtype)
+    assert torch.equal(unpack_weight(pack_weight(once, "fp8"), dtype), once)
+
+
+def test_a_row_whose_largest_value_is_448_keeps_scale_one():
+    assert quantize_rows(torch.tensor([[448.0, 1.0, 0.0, 0.0], [449.0, 1.0, 0.0, 0.0]]), "fp8")[1].tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

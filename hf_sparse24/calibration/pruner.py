@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import Stream, block_of
@@ -13,6 +15,7 @@ from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups
 from hf_sparse24.calibration.matching import match_block_
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.recipe import Recipe, Walked
+from hf_sparse24.calibration.rounding import rounded
 from hf_sparse24.calibration.smoothing import smooth_
 from hf_sparse24.calibration.solve import Solution, full_dampening, solve
 from hf_sparse24.pattern import apply_mask_, find_violations
@@ -73,7 +76,8 @@ class BlockPruner:
             if self.follow is not None and dense is not None:
                 self.follow.hidden = self._dense_outputs or self.follow.outputs(dense, name)
                 self._dense_outputs = None
-            stream.hidden = stream.outputs(block, name)
+            with self.rounded(name), parametrize.cached():
+                stream.hidden = stream.outputs(block, name)
         finally:
             if self.device is not None:
                 block.to(home)
@@ -88,16 +92,23 @@ class BlockPruner:
                 _write_(block, name, target, solution, masks)
                 if solution.raised:
                     walked.raised_dampening[target.name] = solution.dampening
-        matching = self.recipe.matching
-        if matching is not None and dense is not None:
-            targets = self._targets_of_matching(name, stream, dense, self.follow, matching.target)
-            walked.matched[name] = match_block_(block, name, masks, stream, targets, matching, self.recipe.seed)
         if self.recipe.smooth:
             read = [(group, self._column_norms.pop(group[0].name)) for group in groups if not group[0].is_expert_stack]
             smoothed = smooth_(block, name, read, stream)
             if smoothed:
                 walked.smoothed[name] = smoothed
+        matching = self.recipe.matching
+        if matching is not None and dense is not None:
+            targets = self._targets_of_matching(name, stream, dense, self.follow, matching.target)
+            with self.rounded(name):
+                walked.matched[name] = match_block_(block, name, masks, stream, targets, matching, self.recipe.seed)
         self.verify(name)
+
+    def rounded(self, *names: str) -> AbstractContextManager[None]:
+        """Return a context in which the targets of some blocks round as they will when they are packed."""
+        targets = [target for name in names for target in self.targets.get(name, ()) if not target.is_expert_stack]
+        layers = [(self.model.get_submodule(target.module_name), target.dim) for target in targets]
+        return rounded(layers, self.recipe.quantization)
 
     def _take_masks(self, name: str) -> None:
         """Read the masks of a finished block from its zeros, so that a resumed walk has the same ones."""
@@ -132,7 +143,7 @@ class BlockPruner:
         statistics = group_statistics(block, name, group, stream, followed)
         self._column_norms[group[0].name] = statistics.column_norms
         dampening = full_dampening(recipe.dampening, statistics)
-        solution = solve(weights, statistics, recipe.method, refitted, dampening)
+        solution = solve(weights, statistics, recipe.method, refitted, dampening, recipe.quantization)
         for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
             yield target, Solution([weight], [mask], solution.dampening, solution.raised)
 

@@ -101,9 +101,10 @@ def _distill(pruner: BlockPruner, batches: Sequence[Batch], last_block: str) -> 
     if recipe.distillation is None or pruner.follow is None:
         return None
     try:
-        fit = distill_(
-            pruner.model, pruner.masks, batches, last_block, pruner.follow, recipe.distillation, recipe.seed
-        )
+        with pruner.rounded(*pruner.targets):
+            fit = distill_(
+                pruner.model, pruner.masks, batches, last_block, pruner.follow, recipe.distillation, recipe.seed
+            )
     except torch.OutOfMemoryError as error:
         logger.warning(
             f"The pruned model is not distilled: {str(error).splitlines()[0]} Use a smaller batch_size for that, or "

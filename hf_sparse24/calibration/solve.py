@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_sparse24.criteria.alps import alps
 from hf_sparse24.criteria.objective import layer_objective
 from hf_sparse24.criteria.refit import refit
+from hf_sparse24.criteria.rounding import round_to_fp8
 from hf_sparse24.criteria.saliency import SALIENCY, SALIENCY_OF_INPUTS
 from hf_sparse24.criteria.sparsegpt import sparsegpt
 from hf_sparse24.pattern import mask_2to4
@@ -48,7 +49,12 @@ def full_dampening(dampening: float, statistics: InputStatistics) -> float:
 
 
 def solve(
-    weights: Sequence[Tensor], statistics: InputStatistics, method: str, refitted: bool, dampening: float
+    weights: Sequence[Tensor],
+    statistics: InputStatistics,
+    method: str,
+    refitted: bool,
+    dampening: float,
+    quantization: str | None = None,
 ) -> Solution:
     """Prune the projections that read the same inputs.
 
@@ -58,6 +64,7 @@ def solve(
         method (`str`): "magnitude", "wanda", "ria", "sparsegpt" or "alps".
         refitted (`bool`): refit the values of the weights that stay.
         dampening (`float`): share of the Hessian's mean diagonal (see `full_dampening`).
+        quantization (`str`, *optional*): what the weights will be packed in. A refit for "fp8" ends on its values.
     """
     stacked = torch.cat([weight.to(torch.float32) for weight in weights])
     needs_objective = refitted or method in RECONSTRUCTING
@@ -72,6 +79,8 @@ def solve(
     if objective is not None and refitted:
         target = objective if statistics.cross is None else objective.asymmetric(statistics.cross)
         values = refit(target, mask, values)
+        if quantization == "fp8":
+            values = round_to_fp8(target, mask, values)
     rows = [len(weight) for weight in weights]
     found = dampening if objective is None else objective.dampening
     return Solution(list(values.split(rows)), list(mask.split(rows)), found, found > dampening)

@@ -77,18 +77,21 @@ def context_length(model: Any) -> int | None:
     return context
 
 
-def check_context(model: Any, sequence_length: int) -> None:
-    """Raise `ValueError` when windows are longer than what the model reads at once."""
+def check_context(model: Any, length: int) -> None:
+    """Raise `ValueError` when sequences are longer than what the model reads at once: some would run, badly."""
     context = context_length(model)
-    if context is not None and sequence_length > context:
+    if context is not None and length > context:
         raise ValueError(
-            f"sequence_length={sequence_length} was asked; {type(model).__name__} has a context of {context} tokens. "
-            f"Use sequence_length={context} or less."
+            f"Sequences of {length} tokens were asked for; {type(model).__name__} has a context of {context}. "
+            f"Use {context} or less."
         )
 
 
 def check_token_ids(ids: Tensor, model: Any) -> None:
-    """Raise `ValueError` when an id has no row among the model's token embeddings, if it has any."""
+    """Raise `ValueError` when an id has no row among the model's token embeddings, if it has any.
+
+    It would be an index error, on a GPU one that ends the process.
+    """
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):  # not a transformers model, or one of several towers

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from hf_sparse24.evaluation.running import Batch, check_not_nan, check_tokens, evaluating, moved
+from hf_sparse24.calibration.windows import check_context, check_token_ids
+from hf_sparse24.evaluation.running import Batch, check_not_nan, evaluating, moved
 
 Texts = Iterable[Batch] | Sequence[Sequence[int]]
 
@@ -60,7 +61,8 @@ def embed(model: nn.Module, texts: Texts, batch_size: int = 32) -> Tensor:
         for number, batch in enumerate(batches, 1):
             inputs = moved(batch, encoder)
             mask = _mask(inputs, number)
-            check_tokens(encoder, inputs["input_ids"], mask.shape[1])
+            check_context(encoder, mask.shape[1])
+            check_token_ids(inputs["input_ids"], encoder)
             hidden = _last_hidden_state(encoder(**inputs), encoder).float()
             # Not hidden * mask: what stands in the padding may be NaN.
             mean = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True)

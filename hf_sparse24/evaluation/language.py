@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_sparse24.calibration.text import split_text
-from hf_sparse24.evaluation.running import Batch, check_not_nan, check_tokens, evaluating, moved
+from hf_sparse24.calibration.windows import check_context, check_token_ids
+from hf_sparse24.evaluation.running import Batch, check_not_nan, evaluating, moved
 
 _LARGEST_EXPONENT = 709.0  # of a float64
 
@@ -36,7 +37,8 @@ def perplexity(model: nn.Module, token_ids: Tensor, window: int = 512, batch_siz
         raise ValueError(
             f"perplexity needs a window of at least 2 tokens and one window of text; got {len(token_ids)}."
         )
-    check_tokens(model, token_ids, window)
+    check_context(model, window)
+    check_token_ids(token_ids, model)
     windows = token_ids[: len(token_ids) // window * window].view(-1, window)
     total = 0.0
     with evaluating(model):

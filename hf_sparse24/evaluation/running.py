@@ -34,26 +34,6 @@ def moved(batch: Batch, model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_tokens(model: nn.Module, token_ids: Tensor, length: int) -> None:
-    """Refuse sequences longer than the model's context, and ids outside its vocabulary.
-
-    Either would be an index error, on a GPU one that ends the process; a rotary model would run, badly.
-    """
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    if isinstance(context, int) and 0 < context < length:
-        raise ValueError(f"{length} tokens do not fit the context of {type(model).__name__}, which is {context}.")
-    largest, vocabulary = int(token_ids.max()), getattr(config, "vocab_size", None)
-    if vocabulary is not None and largest >= vocabulary:
-        raise ValueError(
-            f"Token id {largest} is outside the vocabulary of {type(model).__name__}, which has {vocabulary} tokens; "
-            "use the tokenizer of this model."
-        )
-
-
 def check_not_nan(result: Tensor, number: int, what: str) -> Tensor:
     """Return the result of a batch, or say which batch it is that cannot be scored."""
     if result.isnan().any():

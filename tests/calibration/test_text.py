@@ -518,14 +518,14 @@ def test_too_little_text_says_how_much_there_is(tiny_llama, tokenizer):
 def test_windows_longer_than_the_context_are_refused(bert, tokenizer):
     gpt2 = GPT2LMHeadModel(GPT2Config(n_positions=20, n_embd=16, n_layer=1, n_head=2, vocab_size=96))
     for model, context in ((bert, 512), (gpt2, 20)):
-        with pytest.raises(ValueError, match=f"context of {context} tokens"):
+        with pytest.raises(ValueError, match=f"context of {context}"):
             calibration_batches([numbered(9)], model, tokenizer, 1, context + 1)
         assert calibration_batches([numbered(600)], model, tokenizer, 1, context)
 
 
 def test_positions_that_roberta_reserves_are_no_context(tokenizer):
     roberta = RobertaModel(tiny(RobertaConfig, max_position_embeddings=34, pad_token_id=1)).eval()
-    with pytest.raises(ValueError, match="context of 32 tokens"):
+    with pytest.raises(ValueError, match="context of 32"):
         calibration_batches([numbered(99)], roberta, tokenizer, 1, 33)
     (batch,) = calibration_batches([numbered(99)], roberta, tokenizer, 1, 32)
     roberta(**batch)
