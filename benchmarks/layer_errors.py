@@ -14,7 +14,9 @@ from hf_sparse24.criteria import alps as alps_module
 from hf_sparse24.criteria.alps import alps
 from hf_sparse24.criteria.objective import layer_objective
 from hf_sparse24.criteria.refit import refit
+from hf_sparse24.criteria.rounding import round_to_fp8
 from hf_sparse24.criteria.sparsegpt import sparsegpt
+from hf_sparse24.packing import quantize_rows
 from hf_sparse24.pattern import mask_2to4, prune_2to4
 from hf_sparse24.statistics import InputStatistics
 
@@ -52,6 +54,18 @@ def refitted(objective):
     return refit(objective, mask_2to4(weight.abs()), weight)
 
 
+def in_fp8(objective):
+    """Round what `refitted` returns to the nearest FP8 values."""
+    values, scale = quantize_rows(refitted(objective), "fp8")
+    return values.float() * scale[:, None]
+
+
+def in_fp8_with_feedback(objective):
+    """Round what `refitted` returns to FP8 with the errors of the other weights in view."""
+    weight = refitted(objective)
+    return round_to_fp8(objective, weight != 0, weight)
+
+
 def by_curvature(weight, hessian):
     """Order whole groups by their share of the Hessian's diagonal, largest first."""
     groups = hessian.diagonal().view(-1, 4).sum(1).argsort(descending=True)
@@ -87,6 +101,8 @@ VARIANTS = {
     "sparsegpt, permuted": in_order(dealt_out, sparsegpt),
     "alps": plain(alps),
     "alps + refit": plain(refitted),
+    "alps + refit, fp8": plain(in_fp8),
+    "alps + refit, fp8 with feedback": plain(in_fp8_with_feedback),
     "alps, 300 slow iterations": plain(slow_alps),
     "alps, permuted": in_order(dealt_out, alps),
 }

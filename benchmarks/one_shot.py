@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_sparse24 import Sparse24Config, pack_, prune_
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
+QUANTIZATIONS = ("int8", "fp8")
 OFF = {"refit": False, "match_blocks": False, "distill": False}
 
 
@@ -36,6 +37,8 @@ def requests(calibration):
     rows["magnitude"] = ({"method": "magnitude"}, None)
     everything = {"method": "auto", "match_blocks": True, "distill": True, "smooth": True}
     rows["default"] = (everything, first)
+    for quantization in QUANTIZATIONS:
+        rows[f"default, {quantization}"] = ({**everything, "quantization": quantization}, first)
     for name in others:
         rows[f"sparsegpt, {name}"] = ({"method": "sparsegpt", **OFF}, name)
         rows[f"default, {name}"] = (everything, name)
@@ -43,7 +46,10 @@ def requests(calibration):
 
 
 def measure(name, row, request, data, folder):
-    """Prune, evaluate, and for the default quantize on top; append one line a model."""
+    """Prune, pack where that was asked for, and evaluate; append one line a model.
+
+    The default is quantized afterwards too, which shows what it brings to know of it before.
+    """
     bundle = load(name, folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = bundle["model"]().to(device)
@@ -54,20 +60,24 @@ def measure(name, row, request, data, folder):
     calibration = "self" if data == "self" else bundle["calibration"].get(data)
     report = prune_(model, config, calibration)
     seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    recipe = model.config.sparse24.get("calibration", {})
+    if config.quantization:
+        pack_(model, config.quantization, backend="reference")
     facts = {
         "row": row,
         "calibration": data,
         "seconds": round(seconds, 1),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
+        "peak_gb": peak and round(peak / 1e9, 2),
         "violating_groups": report.totals["violating_groups"],
-        "recipe": model.config.sparse24.get("calibration", {}),
+        "recipe": recipe,
     }
     append(name, facts | scores(bundle, model))
     if row == "default":
-        for quantization in ("int8", "fp8"):
+        for quantization in QUANTIZATIONS:
             packed = copy.deepcopy(model)
             pack_(packed, quantization=quantization, backend="reference")
-            append(name, {"row": f"default, {quantization}", "calibration": data} | scores(bundle, packed))
+            append(name, {"row": f"default, then {quantization}", "calibration": data} | scores(bundle, packed))
             del packed
 
 
@@ -89,7 +99,9 @@ def collect():
         rows = {line.pop("row"): line for line in lines}
         conditions_of_run = rows.pop("conditions", {})
         dense = rows.pop("dense")
-        table = [{"row": "dense", **dense}, *({"row": row, **facts} for row, facts in rows.items())]
+        order = list(requests(["", *{facts.get("calibration") for facts in rows.values()} - {None}]))
+        order += [f"default, then {quantization}" for quantization in QUANTIZATIONS]
+        table = [{"row": "dense", **dense}, *({"row": row, **rows[row]} for row in sorted(rows, key=order.index))]
         text = json.dumps({"conditions": conditions_of_run, "rows": table}, indent=1)
         file.with_suffix(".json").write_text(text + "\n")
         file.unlink()
