@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn)
 QUANTIZED_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST_VALUE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+SMALLEST_TOKEN_SCALE = 2.0**-120  # below it a token is zero: the inverse of its scale would be too large for float32
 
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -170,6 +171,24 @@ def weight_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return scale
     mantissa, _ = torch.frexp(scale)  # in [0.5, 1)
     return torch.where(mantissa == 0.5, scale, scale / mantissa)
+
+
+def quantize_tokens(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantize activations symmetrically, one scale a token.
+
+    A token is multiplied by the inverse of its scale: a division for every feature would cost a GPU more than reading
+    them. A token of zeros, or next to it, has scale 1; NaN and infinity stay in the scale.
+
+    Args:
+        input (`Tensor`): (..., K), any floating dtype.
+        dtype (`torch.dtype`): torch.int8 or torch.float8_e4m3fn.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: values (..., K) in `dtype`, and scale (..., 1) in float32.
+    """
+    scale = absmax_scale(input, dtype)
+    scale = torch.where(scale < SMALLEST_TOKEN_SCALE, 1.0, scale)
+    return round_to(input.float() * (torch.ones_like(scale) / scale), dtype), scale
 
 
 def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:

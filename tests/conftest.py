@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+
+# Without a GPU Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -33,6 +38,12 @@ def quiet_and_seeded():
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def triton_device():
+    """The device of Triton kernels: a GPU, or the CPU of Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

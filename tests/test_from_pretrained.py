@@ -319,6 +319,7 @@ class TestCalibrated:
             "sequence_length": 1024,
             "refit": "asymmetric",
             "dampening": 0.01,
+            "quantization": quantization,
             "matching": None,
             "distillation": None,
             "smooth": quantization == "int8",

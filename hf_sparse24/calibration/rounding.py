@@ -7,13 +7,14 @@ rounding as if it were not there (the straight-through estimator, Bengio et al. 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_sparse24.packing import QUANTIZED_DTYPES, absmax_scale, round_to, weight_scale
+from hf_sparse24.packing import QUANTIZED_DTYPES, quantize_tokens, round_to, weight_scale
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def rounded(layers: Iterable[tuple[nn.Module, int]], quantization: str | None) -
 
     def round_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (read, *rest), keys = [*args, *kwargs.values()], list(kwargs)
-        values = [_Round.apply(read, dtype, absmax_scale), *rest]
+        values = [_Round.apply(read, partial(quantize_tokens, dtype=dtype)), *rest]
         return tuple(values[: len(args)]), dict(zip(keys, values[len(args) :], strict=True))
 
     try:
@@ -59,19 +60,21 @@ class _RoundedWeight(nn.Module):
         self.dtype, self.dim = dtype, dim
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _Round.apply(weight.movedim(self.dim, -1), self.dtype, weight_scale).movedim(-1, self.dim)
+        return _Round.apply(weight.movedim(self.dim, -1), self._quantize).movedim(-1, self.dim)
+
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        scale = weight_scale(rows, self.dtype)
+        return round_to(rows.float() / scale, self.dtype), scale
 
 
 class _Round(torch.autograd.Function):
     """Round rows (..., K) to 8 bits and back; the gradient passes."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, dtype: torch.dtype, scale_of: Callable[[Tensor, torch.dtype], Tensor]
-    ) -> Tensor:
-        scale = scale_of(rows, dtype)
-        return (round_to(rows.float() / scale, dtype).float() * scale).to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        values, scale = quantize(rows)
+        return (values.float() * scale).to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
 import hf_sparse24.kernels.ops  # noqa: F401  (defines the operators that are implemented here)
-from hf_sparse24.packing import absmax_scale, round_to, scatter_values
+from hf_sparse24.packing import quantize_tokens, scatter_values
 
 logger = logging.get_logger(__name__)
 
@@ -47,9 +47,7 @@ def linear(
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return `input` (..., K) in int8 or float8_e4m3fn and its scale (..., 1) in float32."""
-    input = input.contiguous()
-    scale = absmax_scale(input, dtype)
-    return round_to(input.float() / scale, dtype), scale
+    return quantize_tokens(input.contiguous(), dtype)
 
 
 def scaled_linear(

@@ -586,7 +586,7 @@ class TestRefusedBeforeAWeightChanges:
 
     def test_batches_longer_than_the_context(self):
         long = {"input_ids": torch.ones(1, 2000, dtype=torch.int64)}
-        self.refused("context of 1024 tokens", Sparse24Config(method="wanda"), [long], build("gpt2"))
+        self.refused("context of 1024", Sparse24Config(method="wanda"), [long], build("gpt2"))
 
     def test_batches_that_the_model_does_not_take(self):
         batches = [{"pixel_values": torch.randn(2, 3, 32, 32)}]
