@@ -41,8 +41,8 @@ def device(request):
 
 
 @pytest.fixture
-def triton_device():
-    """The device of Triton kernels: a GPU, or the CPU of Triton's interpreter."""
+def kernel_device():
+    """The device of the kernels under test: a GPU, or the CPU that stands in for one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

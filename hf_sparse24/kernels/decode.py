@@ -1,126 +1,145 @@
-"""A packed projection for few tokens, as in decoding: a Triton kernel that reads the portable weight as it is.
+"""A packed projection for few tokens, as in decoding: weights of 16 or 8 bits, read once, as format 1 has them.
 
-With few tokens a projection takes as long as its weights take to read, so what counts is their bytes: 1.125 a weight
-for 16 bits and 0.625 for 8 bits, against 2 for the dense weight. The sparse tensor cores are of no use here. A program
-takes some rows; it reads pairs of values and the nibbles that place them, puts each pair into its group of four in
-registers, and multiplies with dense tensor-core products. A group's four columns go into four products, one for each
-place in the group: the sum over the inputs does not care about their order, and nothing has to be shuffled.
-
-Weights in 8 bits are widened to the activations' dtype and their scales applied to the sum (W8A16): the activations
-need no quantization, and are not rounded.
+With few tokens a projection takes as long as its weights take to read: 1.125 bytes a weight for 16 bits and 0.625 for
+8 bits, against 2 of the dense one. Weights in 8 bits are widened in registers and their scales applied to the sum
+(W8A16), so that the activations need no quantization, and are not rounded. The kernel is in `decode.cu`; NVRTC, which
+torch brings along, compiles it at its first use, in half a second.
 """
 
+import ctypes
+import functools
+from importlib import resources
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hf_sparse24.pattern import GROUP_SIZE
+from hf_sparse24.capability import Capability
 
 MOST_TOKENS = 64
-_INPUT_DTYPES = (torch.float16, torch.bfloat16)
-_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+_WARPS = 8
+_DTYPES = (torch.float16, torch.bfloat16)
+_VALUES_OF_A_CHUNK = 64  # bytes of a row that four lanes read at once
+
+
+def decode_capability(dtype: torch.dtype, value_dtype: torch.dtype, in_features: int) -> Capability:
+    """Tell whether the kernel takes activations and packed values of these dtypes and a projection of this width."""
+    if dtype not in _DTYPES or (value_dtype.itemsize == 2 and value_dtype != dtype) or value_dtype.itemsize > 2:
+        return Capability(False, f"takes float16 and bfloat16 activations; got {dtype} with {value_dtype} values")
+    columns = columns_of_a_chunk(value_dtype)
+    if in_features % columns:
+        return Capability(False, f"takes in_features divisible by {columns} with {value_dtype} values")
+    return Capability(True, "sparse tensor cores, weights read as stored")
+
+
+def columns_of_a_chunk(value_dtype: torch.dtype) -> int:
+    """Return by what in_features must be divisible: 64 for values of 16 bits, 128 for 8 bits."""
+    return 2 * _VALUES_OF_A_CHUNK // value_dtype.itemsize
 
 
 def few_tokens_linear(
     input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """Return input @ unpacked(weight).T + bias in the dtype of `input`; sums are in float32.
+    """Return input @ unpacked(weight).T + bias in the dtype of `input`; sums are in float32, in a fixed order.
 
     Args:
-        input (`Tensor`): (..., K) float16 or bfloat16; made for at most `MOST_TOKENS` tokens.
+        input (`Tensor`): (..., K) float16 or bfloat16 on a GPU; made for at most `MOST_TOKENS` tokens.
         weight, weight_indices, weight_scale: a packed weight in format 1: values (N, K/2) in the dtype of `input`,
-            int8 or float8_e4m3fn; indices (N, ceil(K/8)); scale (N,) float32 with 8 bits.
+            int8 or float8_e4m3fn; indices (N, K/8); scale (N,) float32 with 8 bits.
         bias (`Tensor`, *optional*): (N,) in the dtype of `input`.
 
     Raises:
-        `ValueError`: another dtype.
+        `ValueError`: dtypes or a width that the kernel does not take (see `decode_capability`).
     """
-    if input.dtype not in _INPUT_DTYPES or (weight_scale is None and weight.dtype != input.dtype):
-        raise ValueError(f"The kernel for few tokens takes float16 or bfloat16; got {input.dtype} and {weight.dtype}.")
+    capability = decode_capability(input.dtype, weight.dtype, input.shape[-1])
+    if not capability.ok:
+        raise ValueError(f"The kernel for few tokens {capability.reason}.")
     rows = input.reshape(-1, input.shape[-1]).contiguous()
     tokens, outputs = len(rows), weight.shape[0]
-    result = torch.empty(tokens, outputs, dtype=input.dtype, device=input.device)
+    result = torch.empty(*input.shape[:-1], outputs, dtype=input.dtype, device=input.device)
     if tokens and outputs:
-        block_m = max(16, triton.next_power_of_2(min(tokens, MOST_TOKENS)))
-        block_n = 16 if triton.cdiv(outputs, 32) < _PROGRAMS else 32
-        _linear[(triton.cdiv(outputs, block_n), triton.cdiv(tokens, block_m))](
-            rows.view(torch.int64),  # the four features of a group at once
-            weight.view(torch.int32 if weight.element_size() == 2 else torch.int16),  # the two values of a group
-            weight_indices,
-            weight_scale,
-            bias,
-            result,
-            tokens,
-            outputs,
-            GROUPS=input.shape[-1] // GROUP_SIZE,
-            INDEX_STRIDE=weight_indices.shape[-1],
-            BITS=8 * weight.element_size(),
-            IS_FP8=weight.dtype == torch.float8_e4m3fn,
-            HAS_SCALE=weight_scale is not None,
-            HAS_BIAS=bias is not None,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_G=64,
-            num_warps=4,
-        )
-    return result.view(*input.shape[:-1], outputs)
+        row_tiles, token_tiles = tiles(tokens, outputs)
+        with torch.cuda.device(input.device):
+            kernel = _kernel(
+                input.dtype, weight.dtype, row_tiles, token_tiles, torch.cuda.get_device_capability(input.device)
+            )
+            grid = (-(-outputs // (16 * row_tiles)), -(-tokens // (8 * token_tiles)))
+            tensors = (rows, weight, weight_indices, weight_scale, bias, result)
+            _launch(kernel, grid, tensors, (tokens, outputs, rows.shape[1]))
+    return result
 
 
-@triton.jit
-def _linear(
-    input_ptr,
-    pairs_ptr,
-    indices_ptr,
-    scale_ptr,
-    bias_ptr,
-    output_ptr,
-    tokens,
-    outputs,
-    GROUPS: tl.constexpr,
-    INDEX_STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    IS_FP8: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
-    dtype: tl.constexpr = output_ptr.dtype.element_ty
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, token = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for start in range(0, GROUPS, BLOCK_G):
-        g = start + tl.arange(0, BLOCK_G)
-        inside = (n < outputs)[:, None] & (g < GROUPS)[None, :]
-        pair = tl.load(pairs_ptr + row * GROUPS + g[None, :], mask=inside, other=0)
-        byte = tl.load(indices_ptr + row * INDEX_STRIDE + (g >> 1)[None, :], mask=inside, other=0)
-        nibble = byte.to(tl.int32) >> ((g & 1) * 4)[None, :]
-        low, high = _value(pair, BITS, IS_FP8, dtype), _value(pair >> BITS, BITS, IS_FP8, dtype)
-        four = tl.load(
-            input_ptr + token * GROUPS + g[:, None], mask=(m < tokens)[None, :] & (g < GROUPS)[:, None], other=0
-        )
-        zero = tl.zeros((BLOCK_N, BLOCK_G), dtype)
-        for place in tl.static_range(4):
-            weight = tl.where((nibble >> 2) & 3 == place, high, zero)
-            weight = tl.where(nibble & 3 == place, low, weight)
-            feature = (four >> (16 * place)).to(tl.int16).to(dtype, bitcast=True)
-            total = tl.dot(weight, feature, total)
-    if HAS_SCALE:
-        total *= tl.load(scale_ptr + n, mask=n < outputs, other=0)[:, None]
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + n, mask=n < outputs, other=0).to(tl.float32)[:, None]
-    inside = (n < outputs)[:, None] & (m < tokens)[None, :]
-    tl.store(output_ptr + token * outputs + row, total.to(dtype), mask=inside)
+def tiles(tokens: int, outputs: int) -> tuple[int, int]:
+    """Return how many tiles of 16 rows and of 8 tokens a block computes.
+
+    More rows a block read the activations less often; fewer give every multiprocessor a block.
+    """
+    token_tiles = next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= min(tokens, MOST_TOKENS))
+    row_tiles = 4 if token_tiles < 8 and outputs >= 16384 else 2
+    return (row_tiles if outputs >= 8192 else 1), token_tiles
 
 
-@triton.jit
-def _value(bits, BITS: tl.constexpr, IS_FP8: tl.constexpr, dtype: tl.constexpr):
-    """Return the value in the lowest bits of a pair."""
-    if BITS == 16:
-        return bits.to(tl.int16).to(dtype, bitcast=True)
-    if IS_FP8:
-        return bits.to(tl.int8).to(tl.float8e4nv, bitcast=True).to(dtype)
-    return bits.to(tl.int8).to(dtype)
+@functools.cache
+def _kernel(
+    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, capability: tuple[int, int]
+) -> Any:
+    """Return the kernel for one shape of blocks, which serves every device of a compute capability."""
+    from cuda.bindings import driver
+
+    binary = _compile(definitions(dtype, value_dtype, row_tiles, token_tiles), capability)
+    (library,) = _checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0))
+    (kernel,) = _checked(driver.cuLibraryGetKernel(library, b"few_tokens_linear"))
+    return driver.CUfunction(int(kernel))
+
+
+def _compile(names: dict[str, int], capability: tuple[int, int]) -> bytes:
+    """Return machine code for `decode.cu`."""
+    from cuda.bindings import nvrtc  # comes with torch's CUDA builds
+
+    source = resources.files(__package__).joinpath("decode.cu").read_bytes()
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in names.items()]
+    encoded = [option.encode() for option in options]
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"decode.cu", 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+    if int(status):
+        (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * size
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"NVRTC cannot compile decode.cu with {options}: {log.decode()}")
+    (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary = b" " * size  # which the binding writes to
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+def definitions(
+    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, warps: int = _WARPS
+) -> dict[str, int]:
+    """Return what `decode.cu` wants to be defined."""
+    return {
+        "HALF": int(dtype == torch.float16),
+        "BITS": 8 * value_dtype.itemsize,
+        "FP8": int(value_dtype == torch.float8_e4m3fn),
+        "ROW_TILES": row_tiles,
+        "TOKEN_TILES": token_tiles,
+        "WARPS": warps,
+    }
+
+
+def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+    from cuda.bindings import driver
+
+    pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    types = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(sizes)
+    stream = torch.cuda.current_stream().cuda_stream
+    _checked(driver.cuLaunchKernel(kernel, *grid, 1, 32 * _WARPS, 1, 1, 0, stream, ((*pointers, *sizes), types), 0))
+
+
+def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Raise `RuntimeError` for the status that a call of CUDA's begins with, or return the rest."""
+    status, *rest = result
+    if int(status):
+        raise RuntimeError(f"CUDA says {status!r}.")
+    return tuple(rest)

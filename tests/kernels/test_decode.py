@@ -1,81 +1,150 @@
-"""The Triton kernel against float64: on a GPU as compiled, else in Triton's interpreter."""
+"""`decode.cu` against float64: on a GPU as NVRTC compiles it, else on an emulated one, as the C++ compiler does."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-from hf_sparse24.kernels.decode import few_tokens_linear
-from hf_sparse24.packing import pack_weight, unpack_weight
+import hf_sparse24.kernels
+from hf_sparse24.kernels import decode
+from hf_sparse24.kernels.decode import columns_of_a_chunk, decode_capability, definitions, few_tokens_linear, tiles
+from hf_sparse24.packing import QUANTIZED_DTYPES, pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
 
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = list(EPSILON)
+QUANTIZATIONS = [None, "int8", "fp8"]
 
 
-def operands(tokens, outputs, features, dtype, quantization, triton_device):
-    weight = prune_2to4(torch.randn(outputs, features, device=triton_device).to(dtype))
-    x = torch.randn(tokens, features, device=triton_device).to(dtype)
-    bias = torch.randn(outputs, device=triton_device).to(dtype)
-    return x, pack_weight(weight, quantization), bias
+@functools.cache
+def emulator(**names):
+    """Compile decode.cu for an emulated GPU with a block of one shape."""
+    if shutil.which("g++") is None:
+        pytest.skip("no GPU, and no g++ to emulate one")
+    here, folder = Path(__file__).parent, Path(tempfile.mkdtemp())
+    library = folder / "decode.so"
+    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o", library, here / "emulated_decode.cpp"]
+    command += ["-I", Path(hf_sparse24.kernels.__path__[0]), *(f"-D{name}={value}" for name, value in names.items())]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(library).run
 
 
-def exact(x, packed, bias=None):
-    product = x.double() @ unpack_weight(packed).double().t()
-    return product if bias is None else product + bias.double()
+def product(x, packed, bias=None, block=None, warps=2):
+    """Run the kernel with a block of (row tiles, token tiles), by default the one it would take."""
+    block = block or tiles(len(x), packed.weight.shape[0])
+    if x.is_cuda:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "tiles", lambda tokens, outputs: block)
+            return few_tokens_linear(x, *packed, bias)
+    run = emulator(**definitions(x.dtype, packed.weight.dtype, *block, warps))
+    result = torch.full((len(x), packed.weight.shape[0]), torch.nan, dtype=x.dtype)
+    tensors = (x, *packed, bias, result)
+    pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    run(-(-result.shape[1] // (16 * block[0])), -(-len(x) // (8 * block[1])), *pointers, *result.shape, x.shape[1])
+    return result
 
 
-@pytest.fixture(params=[torch.float16, torch.bfloat16])
-def dtype(request, triton_device):
-    if request.param == torch.bfloat16 and triton_device == "cpu":
-        pytest.skip("Triton's interpreter multiplies bfloat16 matrices as integers")
-    return request.param
+def operands(tokens, outputs, chunks, dtype, quantization, device):
+    features = chunks * columns_of_a_chunk(QUANTIZED_DTYPES.get(quantization, dtype))
+    weight = prune_2to4(torch.randn(outputs, features, device=device).to(dtype))
+    weight[0, :16] = 0  # groups of zeros, and one value in a group
+    weight[1, :4] = torch.tensor([0, 0, 0, 3.0])
+    x = torch.randn(tokens, features, device=device).to(dtype)
+    return x, pack_weight(weight, quantization), torch.randn(outputs, device=device).to(dtype)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
-@pytest.mark.parametrize(
-    ("tokens", "outputs", "features"),
-    [(1, 16, 4), (1, 48, 40), (2, 8, 132), (7, 40, 256), (16, 64, 516), (17, 33, 64), (64, 16, 128), (70, 24, 36)],
-)
-def test_equals_the_product_in_float64(tokens, outputs, features, dtype, quantization, triton_device):
-    x, packed, bias = operands(tokens, outputs, features, dtype, quantization, triton_device)
-    result = few_tokens_linear(x, *packed, bias)
-    expected = exact(x, packed, bias)
-    assert result.dtype == dtype
+def check(result, x, packed, bias=None):
+    exact = x.double() @ unpack_weight(packed).double().t() + (0 if bias is None else bias.double())
     # One rounding of the result, and a float32 sum of half as many products as there are features.
-    bound = EPSILON[dtype] * expected.abs() + features * 2**-24 * expected.abs().max()
-    assert ((result.double() - expected).abs() <= bound).all()
+    bound = EPSILON[x.dtype] * exact.abs() + x.shape[1] * 2**-24 * exact.abs().max()
+    assert ((result.double() - exact).abs() <= bound).all()
 
 
-def test_leading_dimensions_and_no_bias(dtype, triton_device):
-    x, packed, _ = operands(6, 32, 64, dtype, "int8", triton_device)
-    result = few_tokens_linear(x.view(2, 3, 64), *packed, None)
-    assert result.shape == (2, 3, 32)
-    assert torch.equal(result.view(6, 32), few_tokens_linear(x, *packed, None))
-
-
-def test_strided_tokens(dtype, triton_device):
-    x, packed, bias = operands(8, 32, 64, dtype, None, triton_device)
-    wide = torch.stack([x, x + 1], 1).flatten(1)[:, :64]
-    assert not wide.is_contiguous()
-    assert torch.equal(few_tokens_linear(wide, *packed, bias), few_tokens_linear(wide.contiguous(), *packed, bias))
-
-
-def test_no_tokens(triton_device):
-    x, packed, bias = operands(0, 32, 64, torch.float16, None, triton_device)
-    assert few_tokens_linear(x, *packed, bias).shape == (0, 32)
-
-
-def test_what_is_pruned_does_not_count_even_where_the_input_is_huge(dtype, triton_device):
-    x, packed, _ = operands(1, 16, 64, dtype, None, triton_device)
-    pruned = (unpack_weight(packed) == 0).all(0)
-    x[:, pruned] = 1e4
-    torch.testing.assert_close(few_tokens_linear(x, *packed, None).double(), exact(x, packed), rtol=0.01, atol=0.1)
-
-
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("input_dtype", "weight_dtype"), [(torch.float32, torch.float32), (torch.float16, torch.bfloat16)]
+    ("tokens", "outputs", "chunks", "block"),
+    [(1, 16, 1, (1, 1)), (7, 20, 3, (1, 1)), (9, 40, 2, (2, 2)), (17, 16, 2, (1, 1)), (20, 70, 1, (4, 4))],
 )
-def test_other_dtypes_are_refused(input_dtype, weight_dtype, triton_device):
-    _, packed, _ = operands(1, 16, 64, weight_dtype, None, triton_device)
-    with pytest.raises(ValueError, match="takes float16 or bfloat16"):
-        few_tokens_linear(torch.randn(1, 64, device=triton_device).to(input_dtype), *packed, None)
+def test_equals_the_product_in_float64(tokens, outputs, chunks, block, dtype, quantization, kernel_device):
+    x, packed, bias = operands(tokens, outputs, chunks, dtype, quantization, kernel_device)
+    check(product(x, packed, bias, block), x, packed, bias)
+
+
+def test_every_int8_and_fp8_value_is_widened_exactly(kernel_device):
+    for dtype in DTYPES:
+        for quantization in ("int8", "fp8"):
+            x, packed, _ = operands(8, 16, 2, dtype, quantization, kernel_device)
+            every = torch.arange(packed.weight.numel(), device=kernel_device).to(torch.uint8)
+            every[(every & 127) == 127] = 0  # NaN in FP8
+            packed.weight.copy_(every.view(packed.weight.dtype).view_as(packed.weight))
+            packed.weight_scale.fill_(1)
+            x = torch.zeros_like(x).index_fill_(1, torch.arange(4, device=kernel_device), 1)
+            values = packed.weight.float()[:, :2].sum(1)
+            assert torch.equal(product(x, packed)[0].float(), values.to(dtype).float())
+
+
+def test_every_pattern_of_a_group_in_every_place(kernel_device):
+    patterns = torch.combinations(torch.arange(4)).tolist()
+    weight = torch.zeros(16, 64)
+    for row in range(16):
+        for group in range(16):
+            weight[row, [4 * group + place for place in patterns[(row + group) % 6]]] = torch.tensor([1.0, 2.0])
+    packed = pack_weight(weight.half().to(kernel_device))
+    unit = torch.eye(64, dtype=torch.float16, device=kernel_device)
+    assert torch.equal(product(unit, packed, block=(1, 8)).t(), unpack_weight(packed))
+
+
+def test_nothing_beyond_the_last_row_or_token_is_read_or_written(kernel_device):
+    x, packed, bias = operands(3, 20, 2, torch.bfloat16, "int8", kernel_device)
+    with_garbage = torch.full((16, x.shape[1]), torch.nan, dtype=x.dtype, device=x.device)
+    with_garbage[:3] = x
+    check(product(with_garbage[:3], packed, bias, (2, 2)), x, packed, bias)
+
+
+@pytest.mark.parametrize("warps", [1, 3])
+def test_the_warps_of_a_block_share_the_columns(warps):
+    x, packed, bias = operands(2, 16, 4, torch.float16, None, "cpu")
+    check(product(x, packed, bias, (1, 1), warps), x, packed, bias)
+
+
+def test_what_the_kernel_does_not_take_is_refused():
+    _, packed, _ = operands(1, 16, 1, torch.bfloat16, None, "cpu")
+    assert decode_capability(torch.bfloat16, torch.bfloat16, 64).ok
+    assert decode_capability(torch.float16, torch.int8, 128).ok
+    for arguments in ((torch.float32, torch.float32, 64), (torch.float16, torch.bfloat16, 64)):
+        assert "takes float16 and bfloat16 activations" in decode_capability(*arguments).reason
+    assert "divisible by 128" in decode_capability(torch.float16, torch.int8, 64).reason
+    with pytest.raises(ValueError, match="takes in_features divisible by 64"):
+        few_tokens_linear(torch.randn(1, 32).bfloat16(), packed.weight[:, :16], packed.weight_indices, None, None)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    @pytest.mark.parametrize("tokens", [0, 1, 8, 17, 64, 70])
+    def test_real_shapes(self, tokens, quantization):
+        x, packed, bias = operands(tokens, 4096, 4096 // 128, torch.bfloat16, quantization, "cuda")
+        check(few_tokens_linear(x, *packed, bias), x, packed, bias)
+
+    def test_leading_dimensions_and_strides(self):
+        x, packed, bias = operands(6, 32, 2, torch.bfloat16, None, "cuda")
+        wide = torch.stack([x, x + 1], 1).flatten(1)[:, : x.shape[1]].unflatten(0, (2, 3))
+        assert torch.equal(few_tokens_linear(wide, *packed, bias).flatten(0, 1), few_tokens_linear(x, *packed, bias))
+
+    def test_a_cuda_graph_and_another_stream(self):
+        x, packed, bias = operands(4, 256, 8, torch.bfloat16, "int8", "cuda")
+        expected = few_tokens_linear(x, *packed, bias)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert torch.equal(few_tokens_linear(x, *packed, bias), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = few_tokens_linear(x, *packed, bias)
+        x.add_(1)
+        graph.replay()
+        check(result, x, packed, bias)
