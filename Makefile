@@ -28,7 +28,8 @@ test-newest: $(VENV)/.dev
 
 # The oldest transformers that is supported: what touches its loading internals.
 test-floor: $(FLOOR)/.dev
-	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py tests/test_config.py
+	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py \
+		tests/test_config.py tests/test_architectures.py
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

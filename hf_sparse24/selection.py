@@ -27,27 +27,57 @@ _ROLES = {
     "v": "v_proj v_lin value_proj wv",
     "qkv": "qkv_proj qkv query_key_value Wqkv c_attn in_proj_qkv in_proj_qkvz",
     "kv": "kv_proj kv_a_proj_with_mqa kv_b_proj",
-    "o": "o_proj out_lin",
-    "gate": "gate_proj w1 wi_0",
+    "o": "o_proj out_lin o_b_proj",
+    "gate": "gate_proj w1 wi_0 in_proj_z",
     "up": "up_proj w3 wi_1",
     "gate_up": "gate_up_proj Wi weights_in",
     "down": "down_proj w2 weights_out",
-    "fc1": "fc1 c_fc fc_in dense_h_to_4h lin1 linear1 intermediate_dense wi ffn",
-    "fc2": "fc2 fc_out dense_4h_to_h lin2 linear2 output_dense ffn_output",
+    "fc1": "fc1 c_fc fc_in dense_h_to_4h lin1 linear1 linear_fc1 dense1 pwconv1 intermediate_dense wi ffn ffw_layer_1",
+    "fc2": "fc2 fc_out dense_4h_to_h lin2 linear2 linear_fc2 dense2 pwconv2 output_dense ffn_output ffw_layer_2",
 }
 # ... and by names that mean one thing inside attention and another outside.
 _ROLES_IN_ATTENTION = {
-    "q": "query q",
-    "k": "key k",
-    "v": "value v",
-    "qkv": "in_proj",
-    "o": "out_proj o dense proj c_proj Wo wo",
+    "q": (
+        "query q linear_q project_q projection_query query_global to_q to_query Wq q_head layout_query query_key "
+        "w2e_query e2w_query e2e_query receptance vision_proj"
+    ),
+    "k": (
+        "key k linear_k project_k projection_key key_global to_k to_key Wk k_head layout_key relative_k_proj "
+        "linear_pos text_proj"
+    ),
+    "v": (
+        "value v linear_v project_v projection_value value_global to_v to_value Wv v_head layout_value "
+        "values_vision_proj values_text_proj"
+    ),
+    "qkv": "in_proj att_proj queries_keys_values",
+    "kv": "to_kv keys_values",
+    "o": (
+        "out_proj o dense proj c_proj Wo wo linear_out output output_proj projection projection_layer attention_out "
+        "post_proj post final out_vision_proj out_text_proj"
+    ),
 }
-_ROLES_OUTSIDE_ATTENTION = {"fc1": "intermediate.dense", "fc2": "output.dense c_proj", "down": "wo Wo"}
+_ROLES_OUTSIDE_ATTENTION = {
+    "fc1": (
+        "intermediate.dense intermediate_query.dense lang_inter.dense visn_inter.dense layout_intermediate.dense "
+        "feed_forward.intermediate mlp.proj_in mlp.in_proj ffn.linear_1 ff.layer_1 ffn.0 ff.0 mlp.0 fc1.proj "
+        "dense.dense"
+    ),
+    "fc2": (
+        "output.dense output_query.dense lang_output.dense visn_output.dense layout_output.dense feed_forward.output "
+        "mlp.proj_out mlp.out_proj ffn.linear_2 ff.layer_2 ffn.2 ff.3 mlp.2 c_proj"
+    ),
+    "gate": "feed_forward.receptance w_in.w_0",
+    "up": "w_in.w_1 feed_forward.key ffn.proj_up mlp.input_linear shared_mlp.input_linear",
+    "down": "wo Wo feed_forward.value ffn.proj_down ffn.w_out mlp.output_linear shared_mlp.output_linear",
+}
 
 ROLES = tuple(_ROLES)
 
-_ROUTER = re.compile(r"(^|_)(router|gate)$")
+# What chooses experts, tokens, or places to look at (deformable attention).
+_ROUTER = re.compile(r"(^|_)(router|gate)$|^(sampling_offsets|attention_weights)$")
+_INSIDE_ROUTER = re.compile(r"(^|\.)([^.]*router[^.]*|gate|indexer)\.")
+_INSIDE_NORM = re.compile(r"(^|\.)[^.]*norm[^.]*\.")
+_SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -171,6 +201,8 @@ def role_of(name: str) -> str | None:
     inner = _path_inside_layer(name)
     if inner is None:
         return None
+    if inner.endswith(".linear"):  # a wrapper, called by the name of the projection
+        inner = inner.removesuffix(".linear")
     *parents, leaf = inner.split(".")
     if leaf in _ANYWHERE:
         return _ANYWHERE[leaf]
@@ -181,7 +213,9 @@ def role_of(name: str) -> str | None:
 
 def is_router(name: str, module: nn.Module) -> bool:
     """Tell from its path and type whether a module chooses between experts."""
-    return bool(_ROUTER.search(name.rpartition(".")[2])) or "Router" in type(module).__name__
+    inner = _path_inside_layer(name) or name
+    by_name = _ROUTER.search(name.rpartition(".")[2]) or _INSIDE_ROUTER.search(inner)
+    return bool(by_name) or "Router" in type(module).__name__
 
 
 def _path_inside_layer(name: str) -> str | None:
@@ -206,6 +240,11 @@ def _is_expert_stack(name: str, weight: Tensor) -> bool:
     return weight.ndim == 3 and "experts" in name.split(".")
 
 
+def _computes_as_linear(module: nn.Linear) -> bool:
+    """Whether a packed layer could stand in for it: subclasses may group or add what they please."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_AS_LINEAR
+
+
 def _input_dim(module: nn.Module) -> int:
     """Conv1D stores (in, out); so do a few expert stacks, which say so, and Llama 4's, which do not."""
     transposed = isinstance(module, Conv1D) or type(module).__name__ == "Llama4TextExperts"
@@ -226,6 +265,10 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
         return "read directly by nn.MultiheadAttention"
     if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
         return "not a linear projection"
+    if _INSIDE_NORM.search(_path_inside_layer(name) or ""):
+        return "part of a norm"
+    if isinstance(module, nn.Linear) and not _computes_as_linear(module):
+        return "a linear layer with a forward of its own"
     if not weight.is_floating_point() or weight.element_size() == 1:
         return f"already quantized ({dtype_name(weight.dtype)})"
     if _path_inside_layer(name) is None and _is_head(model, name, module):
