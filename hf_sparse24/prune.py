@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 _ONLY_WITH_DATA = ("refit", "match_blocks", "distill", "smooth", "calibration_device", "progress_folder")
 
 DISTILLATION = Schedule(steps=300, learning_rate=5e-3)
-BYTES_A_LOGIT = 12  # student's and teacher's in 16 bits, the gradient of both, and a margin for their softmax
+BYTES_A_LOGIT = 32  # student's and teacher's, their gradient, and in float32 the softmax of a sequence: at most
 BYTES_A_DISTILLED_WEIGHT = 20  # in float32: the weight, its gradient, Adam's two moments, the best state so far
 
 

@@ -76,7 +76,9 @@ ROLES = tuple(_ROLES)
 # What chooses experts, tokens, or places to look at (deformable attention).
 _ROUTER = re.compile(r"(^|_)(router|gate)$|^(sampling_offsets|attention_weights)$")
 _INSIDE_ROUTER = re.compile(r"(^|\.)([^.]*router[^.]*|gate|indexer)\.")
-_INSIDE_NORM = re.compile(r"(^|\.)[^.]*norm[^.]*\.")
+_INSIDE_NORM = re.compile(r"(^|\.)([^.]*_)?(layer|rms|batch|group)?_?norm\d*\.(?!attn\.|ffn\.)", re.IGNORECASE)
+# Numbered, but beside the layers: what merges patches, or adapts to one language.
+_BETWEEN = re.compile(r"(^|\.)([^.]*merger[^.]*|adapter_modules)\.")
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
@@ -199,7 +201,7 @@ def role_of(name: str) -> str | None:
     ```
     """
     inner = _path_inside_layer(name)
-    if inner is None:
+    if inner is None or _INSIDE_NORM.search(inner) or _BETWEEN.search(name):
         return None
     if inner.endswith(".linear"):  # a wrapper, called by the name of the projection
         inner = inner.removesuffix(".linear")
@@ -265,8 +267,6 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
         return "read directly by nn.MultiheadAttention"
     if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
         return "not a linear projection"
-    if _INSIDE_NORM.search(_path_inside_layer(name) or ""):
-        return "part of a norm"
     if isinstance(module, nn.Linear) and not _computes_as_linear(module):
         return "a linear layer with a forward of its own"
     if not weight.is_floating_point() or weight.element_size() == 1:

@@ -39,6 +39,7 @@ PROJECTION = re.compile(
 )
 MIXER = re.compile(r"mamba|mixer|ssm|lstm|rg_lru|linear_attn|temporal_block")
 NEVER = re.compile(r"(^|\.)(lm_head|classifier|score|pooler|gate|[^.]*(embed|norm|router|indexer)[^.]*)(\.|$)")
+BESIDE = re.compile(r"merger|adapter_modules")
 NO_PROJECTION = ("embedding", "convolution", "router")
 
 
@@ -91,7 +92,11 @@ def measure(model):
         if isinstance(matrix, Target):
             selected += count
             roles[matrix.role] += count
-            if NEVER.search(inside_layer(matrix.name)) or model.get_submodule(matrix.module_name) is head:
+            if (
+                NEVER.search(inside_layer(matrix.name))
+                or BESIDE.search(matrix.name)
+                or model.get_submodule(matrix.module_name) is head
+            ):
                 wrong.append(matrix.name)
         elif is_projection(matrix.name) and matrix.reason not in NO_PROJECTION:
             left[f"{matrix.reason}: {leaf(matrix.name)}"] += count
@@ -102,7 +107,7 @@ def measure(model):
 def is_projection(name):
     """Tell from its path whether a matrix in a numbered layer belongs to attention or a feed-forward part."""
     inside = inside_layer(name)
-    return bool(PROJECTION.search(inside) and not MIXER.search(inside))
+    return bool(PROJECTION.search(inside) and not MIXER.search(inside) and not BESIDE.search(name))
 
 
 def inside_layer(name):

@@ -247,3 +247,20 @@ def test_shared_layers_are_named_once():
 )
 def test_roles_of_ambiguous_names(name, role):
     assert role_of(name) == role
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    {
+        "transformer.blocks.0.norm_attn_norm.attn.Wqkv": "qkv",  # DBRX
+        "transformer.blocks.0.norm_attn_norm.attn.out_proj": "o",
+        "model.layers.0.ada_rms_norm.linear1": None,
+        "model.layers.0.input_layernorm.mlp.up_proj": None,
+        "model.visual.deepstack_merger_list.0.linear_fc1": None,
+        "model.visual.blocks.0.mlp.linear_fc1": "fc1",
+        "roberta.encoder.layer.0.output.adapter_modules.en_XX.dense1": None,
+        "model.layers.0.self_attn.q_proj.linear": "q",
+    }.items(),
+)
+def test_roles_of_names_from_the_survey(name, role):
+    assert role_of(name) == role

@@ -19,8 +19,8 @@ class Recipe:
         dampening (`float`): share of the Hessian's mean diagonal.
         matching (`Matching`, *optional*): train each block against the dense one.
         distillation (`Schedule`, *optional*): train the whole model against the dense one at the end.
-        quantization (`str`, *optional*): "int8" or "fp8", what the model will be packed in: everything that is fitted
-            or trained sees its rounding.
+        quantization (`str`, *optional*): "int8" or "fp8", what the model will be packed in: later blocks, matching and
+            distillation see the rounding of linear projections, and a refit for "fp8" ends on its values.
         smooth (`bool`): even out what projections read, for 8-bit activations, without changing any output.
         seed (`int`): of the order of batches in training.
     """

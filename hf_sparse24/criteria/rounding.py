@@ -22,6 +22,8 @@ _FP8 = torch.float8_e4m3fn
 def round_to_fp8(objective: Objective, mask: Tensor, weight: Tensor, sweeps: int = 2, block_size: int = 128) -> Tensor:
     """Return weights (N, K) float32 on `mask` that `packing.quantize_rows(..., "fp8")` stores as they are.
 
+    So do they after bfloat16, which holds all of them; float16 loses the smallest of rows of very small weights.
+
     Args:
         objective (`Objective`): the layer's problem, symmetric or not.
         mask (`Tensor`): bool (N, K), the weights that stay.

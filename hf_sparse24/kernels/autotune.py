@@ -35,11 +35,11 @@ class Choices:
     """Choices by key, in memory and in a file.
 
     Args:
-        path (`Path`, *optional*): the file. Default: `hf_sparse24/algorithms.json` in the Hugging Face cache.
+        path (`Path`, *optional*): the file. Default: `hf_sparse24/algorithms-1.json` in the Hugging Face cache.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or Path(HF_HOME) / "hf_sparse24" / "algorithms.json"
+        self.path = path or Path(HF_HOME) / "hf_sparse24" / f"algorithms-{_FORMAT}.json"
         self._known: dict[str, Choice] | None = None
         self._lock = threading.Lock()
 
@@ -80,21 +80,24 @@ class Choices:
                 temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
                 temporary.write_text(json.dumps({"format": _FORMAT, "choices": choices}, indent=1) + "\n")
                 temporary.replace(self.path)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
             logger.warning_once(f"{self.path} cannot be written ({error}); kernels are tuned again in every process.")
 
     def _read(self) -> dict[str, Choice]:
-        """Return what the file holds; where that is nothing of ours, say so and return nothing."""
+        """Return what the file holds; what of it is not ours is left out, with a warning."""
         try:
             content = json.loads(self.path.read_text())
             if content["format"] != _FORMAT:
                 raise ValueError(f"format {content['format']!r}, not {_FORMAT}")
-            return {key: _checked(choice) for key, choice in content["choices"].items()}
+            found = {key: _checked(choice) for key, choice in content["choices"].items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning_once(f"{self.path} is not a file of tuned kernels ({error}) and is ignored; delete it.")
+            logger.warning_once(f"{self.path} is not a file of tuned kernels ({error}) and is replaced.")
             return {}
+        if None in found.values():
+            logger.warning_once(f"{self.path} is not a file of tuned kernels in all its entries; some are ignored.")
+        return {key: choice for key, choice in found.items() if choice is not None}
 
 
 def bucket(tokens: int) -> int:
@@ -117,8 +120,11 @@ def _fastest(key: str, candidates: Iterable[tuple[int, int]], measure: Callable[
     return fastest
 
 
-def _checked(choice: dict[str, int | float]) -> Choice:
-    algorithm, split_k, microseconds = choice["algorithm"], choice["split_k"], choice["microseconds"]
-    if not isinstance(algorithm, int) or not isinstance(split_k, int) or not microseconds > 0:
-        raise ValueError(f"a choice reads {choice}")
-    return Choice(algorithm, split_k, float(microseconds))
+def _checked(choice: dict[str, int | float]) -> Choice | None:
+    """Return the choice that an entry of the file describes, or None."""
+    try:
+        algorithm, split_k, microseconds = choice["algorithm"], choice["split_k"], float(choice["microseconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    valid = isinstance(algorithm, int) and isinstance(split_k, int) and microseconds > 0
+    return Choice(algorithm, split_k, microseconds) if valid else None

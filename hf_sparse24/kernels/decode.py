@@ -18,6 +18,7 @@ from hf_sparse24.capability import Capability
 
 MOST_TOKENS = 64
 _WARPS = 8
+_ALIGNMENT = 16  # bytes, of what a lane reads at once
 _DTYPES = (torch.float16, torch.bfloat16)
 _VALUES_OF_A_CHUNK = 64  # bytes of a row that four lanes read at once
 
@@ -55,6 +56,9 @@ def few_tokens_linear(
     if not capability.ok:
         raise ValueError(f"The kernel for few tokens {capability.reason}.")
     rows = input.reshape(-1, input.shape[-1]).contiguous()
+    if rows.data_ptr() % _ALIGNMENT:  # a view from the middle of something
+        rows = rows.clone()
+    _check_operands(input, weight, weight_indices, weight_scale, bias)
     tokens, outputs = len(rows), weight.shape[0]
     result = torch.empty(*input.shape[:-1], outputs, dtype=input.dtype, device=input.device)
     if tokens and outputs:
@@ -67,6 +71,23 @@ def few_tokens_linear(
             tensors = (rows, weight, weight_indices, weight_scale, bias, result)
             _launch(kernel, grid, tensors, (tokens, outputs, rows.shape[1]))
     return result
+
+
+def _check_operands(input: Tensor, weight: Tensor, *others: Tensor | None) -> None:
+    """Raise `ValueError` for what the kernel would read wrongly."""
+    indices, scale, bias = others
+    dtypes = {torch.uint8: indices, torch.float32: scale, input.dtype: bias}
+    for dtype, tensor in dtypes.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise ValueError(f"The kernel for few tokens takes {dtype} where it got {tensor.dtype}.")
+    for tensor in (weight, *others):
+        if tensor is None:
+            continue
+        if tensor.device != input.device or not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
+            raise ValueError(
+                "The kernel for few tokens takes contiguous, 16-byte aligned tensors of one device; got one on "
+                f"{tensor.device} with strides {tensor.stride()}."
+            )
 
 
 def tiles(tokens: int, outputs: int) -> tuple[int, int]:

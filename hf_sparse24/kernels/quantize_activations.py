@@ -45,6 +45,7 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
             IS_INTEGER=dtype == torch.int8,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
+            enable_fp_fusion=False,  # the product is rounded before it is rounded to an integer, as in the reference
         )
     return quantized.view(input.shape), scale
 

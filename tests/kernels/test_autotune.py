@@ -86,6 +86,19 @@ def test_a_corrupt_or_foreign_file_is_ignored_with_a_warning(path, content, capl
     assert find(path)[0] == choice
 
 
+def test_one_bad_entry_does_not_cost_the_others(path, caplog):
+    good, bad = (
+        {"algorithm": 4, "split_k": 2, "microseconds": 7},
+        {"algorithm": 4, "split_k": 2, "microseconds": 10**400},
+    )
+    path.parent.mkdir()
+    path.write_text(json.dumps({"format": 1, "choices": {"good": good, "bad": bad}}))
+    assert find(path, "good")[0] == Choice(4, 2, 7.0)
+    assert find(path, "bad")[0] == Choice(1, 1, 2.0)
+    assert "some are ignored" in caplog.text
+    assert find(path, "good")[0] == Choice(4, 2, 7.0)
+
+
 def test_a_file_that_is_not_text(path):
     path.parent.mkdir()
     path.write_bytes(bytes(range(256)))

@@ -76,17 +76,21 @@ def test_equals_the_product_in_float64(tokens, outputs, chunks, block, dtype, qu
     check(product(x, packed, bias, block), x, packed, bias)
 
 
-def test_every_int8_and_fp8_value_is_widened_exactly(kernel_device):
-    for dtype in DTYPES:
-        for quantization in ("int8", "fp8"):
-            x, packed, _ = operands(8, 16, 2, dtype, quantization, kernel_device)
-            every = torch.arange(packed.weight.numel(), device=kernel_device).to(torch.uint8)
-            every[(every & 127) == 127] = 0  # NaN in FP8
-            packed.weight.copy_(every.view(packed.weight.dtype).view_as(packed.weight))
-            packed.weight_scale.fill_(1)
-            x = torch.zeros_like(x).index_fill_(1, torch.arange(4, device=kernel_device), 1)
-            values = packed.weight.float()[:, :2].sum(1)
-            assert torch.equal(product(x, packed)[0].float(), values.to(dtype).float())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_every_value_of_8_bits_is_widened_exactly(quantization, dtype, kernel_device):
+    codes = torch.arange(256, dtype=torch.uint8)
+    if quantization == "fp8":
+        codes[(codes & 127) == 127] = 0  # NaN
+    values = codes.view(QUANTIZED_DTYPES[quantization])
+    # Rows of 64 values, each alone in its group but for a zero, read out one feature after the other.
+    weight = torch.zeros(16, 128)
+    weight[:, ::4] = values.float().view(8, 32).repeat(2, 1)
+    packed = pack_weight(weight.to(kernel_device))
+    packed = packed._replace(weight=packed.weight.to(values.dtype), weight_scale=torch.ones(16, device=kernel_device))
+    unit = torch.eye(128, dtype=dtype, device=kernel_device)
+    result = product(unit, packed, block=(1, 8))
+    assert torch.equal(result.t().float(), weight.to(kernel_device))
 
 
 def test_every_pattern_of_a_group_in_every_place(kernel_device):
