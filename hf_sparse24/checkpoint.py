@@ -33,6 +33,13 @@ def check_packed_files(files: Iterable[str], quantization: str | None, expected_
         )
 
 
+def packed_and_dense(files: Iterable[str]) -> tuple[set[str], set[tuple[str, tuple[int, ...]]]]:
+    """Return the layers that the files hold packed, and all with a `weight` and its shape, by the file's names."""
+    shapes = {key: shape for file in files for key, (_, shape) in _headers(file).items()}
+    packed = {key.removesuffix(_INDICES) for key in shapes if key.endswith(_INDICES)}
+    return packed, {(key.removesuffix(".weight"), shape) for key, shape in shapes.items() if key.endswith(".weight")}
+
+
 def _headers(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="pt") as opened:

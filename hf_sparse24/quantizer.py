@@ -18,14 +18,14 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_sparse24.capability import resolve_backend
-from hf_sparse24.checkpoint import check_packed_files
+from hf_sparse24.checkpoint import check_packed_files, packed_and_dense
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
-from hf_sparse24.selection import select
+from hf_sparse24.selection import Selection, select
 
 
 class Sparse24HfQuantizer(HfQuantizer):
@@ -58,8 +58,11 @@ class Sparse24HfQuantizer(HfQuantizer):
         self.owns_weights = bool(files)
         if self.pre_quantized:
             selection = select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
+            readable = bool(files) and all(file.endswith(".safetensors") for file in files)
+            if readable:
+                selection = _as_in_files(model, selection, files)
             made = make_packed_skeleton_(model, selection, config.quantization, config.backend)
-            if files and all(file.endswith(".safetensors") for file in files):
+            if readable:
                 check_packed_files(files, config.quantization, made)
         else:
             select(model, config.target_modules, config.modules_to_not_convert)
@@ -101,6 +104,28 @@ class Sparse24HfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators have fakes: `torch.compile(fullgraph=True)` and static caches work."""
         return True
+
+
+def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str]) -> Selection:
+    """Return the selection that the files were packed with, which may be that of another version of this package.
+
+    Where the names in the files are not the model's, or something is missing in them, the selection is left as it is.
+    """
+    packed, dense = packed_and_dense(files)
+    prefix = model.base_model_prefix
+
+    def in_the_file(name: str) -> tuple[str, str, str]:
+        return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
+
+    def is_dense(name: str) -> bool:
+        shape = tuple(model.get_submodule(name).weight.shape)
+        return any((known, shape) in dense for known in in_the_file(name))
+
+    found = frozenset(name for name, _ in model.named_modules() if not packed.isdisjoint(in_the_file(name)))
+    left = [target.name for target in selection.targets if not target.is_expert_stack and target.name not in found]
+    if len(found) != len(packed) or not all(map(is_dense, left)):
+        return selection
+    return select(model, found, strict=False)
 
 
 def _finish_reading(model: PreTrainedModel) -> None:

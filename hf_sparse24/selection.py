@@ -147,7 +147,7 @@ class Selection(NamedTuple):
 
 def select(
     model: nn.Module,
-    target_modules: Sequence[str] | str | None = None,
+    target_modules: Sequence[str] | frozenset[str] | str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
     roles: Sequence[str] | None = None,
     strict: bool = True,
@@ -158,7 +158,7 @@ def select(
         model (`nn.Module`): any transformers model.
         target_modules (`Sequence[str]` or `str`, *optional*): as in peft: names that a module's path equals or ends
             with (whole dotted parts), or a regular expression that matches the whole path. Default: every attention
-            and feed-forward projection in a numbered layer.
+            and feed-forward projection in a numbered layer. (A frozenset: exactly these paths.)
         modules_to_not_convert (`Sequence[str]`, *optional*): names, of one or more whole dotted parts, to keep dense
             wherever they occur in a module's path.
         roles (`Sequence[str]`, *optional*): take only these roles.
@@ -167,7 +167,7 @@ def select(
     Raises:
         `ValueError`: a given name matches no projection; the message lists the nearest ones.
     """
-    if strict:
+    if strict and not isinstance(target_modules, frozenset):
         _check_names(model, target_modules, modules_to_not_convert)
     is_target = _target_matcher(target_modules)
     excluded = list(modules_to_not_convert or ())
@@ -301,9 +301,13 @@ def _reason_not_chosen(
     return None
 
 
-def _target_matcher(target_modules: Sequence[str] | str | None) -> Callable[[str], bool] | None:
+def _target_matcher(
+    target_modules: Sequence[str] | frozenset[str] | str | None,
+) -> Callable[[str], bool] | None:
     if target_modules is None:
         return None
+    if isinstance(target_modules, frozenset):
+        return target_modules.__contains__
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)
         return lambda name: pattern.fullmatch(name) is not None

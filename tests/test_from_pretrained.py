@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import hf_sparse24
-from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, sparsity_report, unpack_
+from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, quantizer, selection, sparsity_report, unpack_
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.pattern import find_violations, prune_2to4
@@ -527,12 +527,21 @@ class TestRefused:
         with pytest.raises(ValueError, match="is no complete safetensors file"):
             LlamaForCausalLM.from_pretrained(tmp_path / "packed")
 
-    def test_half_a_weight_in_a_dense_layer(self, tiny_llama_folder, tmp_path, magnitude):
+    def test_roles_that_are_not_those_of_the_file(self, tiny_llama_folder, tmp_path, magnitude):
         model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
         model.save_pretrained(tmp_path / "packed")
         config = config_of(tmp_path / "packed")
         config["quantization_config"]["roles"].remove("up")
         (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+        assert_same_model(model, LlamaForCausalLM.from_pretrained(tmp_path / "packed"))  # the file tells more
+
+    def test_half_a_weight_in_a_dense_layer(self, tiny_llama_folder, tmp_path, magnitude, monkeypatch):
+        model = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+        model.save_pretrained(tmp_path / "packed")
+        config = config_of(tmp_path / "packed")
+        config["quantization_config"]["roles"].remove("up")
+        (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
+        monkeypatch.setattr(quantizer, "_as_in_files", lambda model, selection, files: selection)
         with pytest.raises((ValueError, RuntimeError), match=r"mismatched_sizes|belongs to no packed layer"):
             LlamaForCausalLM.from_pretrained(tmp_path / "packed")
 
@@ -546,6 +555,25 @@ DAMAGES = {
     "a short tensor": (lambda t, key: t.update({key: t[key][:-1].clone()}), "has shape"),
     "another dtype": (lambda t, key: t.update({key: t[key].to(torch.int16)}), "is I16 where format 1 has"),
 }
+
+
+@pytest.mark.parametrize("removed", ["q_proj gate_proj", "down_proj"])
+def test_a_packed_checkpoint_of_other_naming_tables_loads_as_it_was_packed(
+    removed, tiny_llama_folder, tmp_path, magnitude, tokens, monkeypatch
+):
+    """What is selected by default may change from version to version; what a file holds does not."""
+    known = dict(selection._ANYWHERE)
+    for name in removed.split():
+        monkeypatch.delitem(selection._ANYWHERE, name)
+    fewer = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    fewer.save_pretrained(tmp_path / "fewer")
+    monkeypatch.setattr(selection, "_ANYWHERE", known)
+    more = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
+    more.save_pretrained(tmp_path / "more")
+    assert_same_model(fewer, AutoModelForCausalLM.from_pretrained(tmp_path / "fewer"))
+    for name in removed.split():
+        monkeypatch.delitem(selection._ANYWHERE, name)
+    assert_same_model(more, AutoModelForCausalLM.from_pretrained(tmp_path / "more"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
