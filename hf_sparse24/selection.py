@@ -167,7 +167,7 @@ def select(
     Raises:
         `ValueError`: a given name matches no projection; the message lists the nearest ones.
     """
-    if strict and not isinstance(target_modules, frozenset):
+    if strict:
         _check_names(model, target_modules, modules_to_not_convert)
     is_target = _target_matcher(target_modules)
     excluded = list(modules_to_not_convert or ())
@@ -320,7 +320,9 @@ def _contains_parts(name: str, parts: str) -> bool:
 
 
 def _check_names(
-    model: nn.Module, target_modules: Sequence[str] | str | None, modules_to_not_convert: Sequence[str] | None
+    model: nn.Module,
+    target_modules: Sequence[str] | frozenset[str] | str | None,
+    modules_to_not_convert: Sequence[str] | None,
 ) -> None:
     """Raise when something the user wrote names nothing, or only what stays dense in any case."""
     reasons = {name: _intrinsic_reason(model, name, module, w) for name, _, module, _, w in _matrices(model)}

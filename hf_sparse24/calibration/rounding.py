@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_sparse24.packing import QUANTIZED_DTYPES, quantize_tokens, round_to, weight_scale
+from hf_sparse24.packing import QUANTIZED_DTYPES, quantize_rows, quantize_tokens
 
 
 @contextmanager
@@ -28,18 +28,17 @@ def rounded(layers: Iterable[tuple[nn.Module, int]], quantization: str | None) -
     if quantization is None:
         yield
         return
-    dtype = QUANTIZED_DTYPES[quantization]
-    layers = list(layers)
-    handles = []
+    layers, handles = list(layers), []
+    quantize = partial(quantize_tokens, dtype=QUANTIZED_DTYPES[quantization])
 
     def round_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (read, *rest), keys = [*args, *kwargs.values()], list(kwargs)
-        values = [_Round.apply(read, partial(quantize_tokens, dtype=dtype)), *rest]
+        values = [_Round.apply(read, quantize), *rest]
         return tuple(values[: len(args)]), dict(zip(keys, values[len(args) :], strict=True))
 
     try:
         for layer, dim in layers:
-            parametrize.register_parametrization(layer, "weight", _RoundedWeight(dtype, dim))
+            parametrize.register_parametrization(layer, "weight", _RoundedWeight(quantization, dim))
             handles.append(layer.register_forward_pre_hook(round_input, with_kwargs=True))
         yield
     finally:
@@ -55,16 +54,16 @@ def rounded(layers: Iterable[tuple[nn.Module, int]], quantization: str | None) -
 class _RoundedWeight(nn.Module):
     """A weight as it will be when it is packed, over the parameter that stays what it is."""
 
-    def __init__(self, dtype: torch.dtype, dim: int) -> None:
+    def __init__(self, quantization: str, dim: int) -> None:
         super().__init__()
-        self.dtype, self.dim = dtype, dim
+        self.quantization, self.dim = quantization, dim
 
     def forward(self, weight: Tensor) -> Tensor:
         return _Round.apply(weight.movedim(self.dim, -1), self._quantize).movedim(-1, self.dim)
 
     def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = weight_scale(rows, self.dtype)
-        return round_to(rows.float() / scale, self.dtype), scale
+        values, scale = quantize_rows(rows, self.quantization)
+        return values, scale.unsqueeze(-1)
 
 
 class _Round(torch.autograd.Function):

@@ -46,7 +46,7 @@ def test_it_beats_rounding_to_the_nearest(asymmetric, seed):
         problem.loss(candidate).sum() - least
         for candidate in (to_nearest(weight), round_to_fp8(problem.objective, mask, weight))
     )
-    assert rounded < 0.7 * nearest  # on real layers it is 0.2 to 0.7
+    assert rounded < 0.7 * nearest  # on real layers 0.3 to 0.75: benchmarks/results/layer_errors.json
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -51,7 +51,7 @@ def test_equals_the_product_in_float64(tokens, outputs, features, dtype, integer
         check(matmul(x, operand.weight, operand.weight_scale, dtype), x, packed, dtype)
 
 
-def test_what_stands_behind_the_last_token_has_no_part(monkeypatch):
+def test_what_stands_behind_the_last_token_has_no_part():
     x, operand, packed = operands(17, 64, 64, torch.bfloat16, False)
     room = torch.full((24, 64), torch.nan, dtype=x.dtype, device="cuda")
     room[:17] = x
