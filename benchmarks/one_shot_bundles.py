@@ -11,8 +11,8 @@
 
 The mixture is a third each of BBC News, State of the Union addresses (SOTU) and the Free On-line Dictionary of
 Computing (FOLDOC). Held out are the last 20 % of the shuffled BBC articles, the last 10 % of the addresses by date and
-the last 10 % of FOLDOC's entries; the test windows are spread evenly over them. Jane Austen's novels are a kind of text
-that is in no calibration.
+the last 10 % of FOLDOC's entries; the test windows are spread evenly over them. Jane Austen's novels are a kind
+of text that is in no calibration.
 """
 
 import gzip

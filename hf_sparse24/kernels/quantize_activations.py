@@ -1,7 +1,7 @@
 """Activations around an 8-bit product, one pass over memory each: quantized before it, scaled after it.
 
-`quantize_per_token` finds the largest magnitude of each token and writes the token in 8 bits with its scale, to the bit
-as `kernels.reference` does: one division a token and one product a feature. The result has room for rows up to a
+`quantize_per_token` finds the largest magnitude of each token and writes the token in 8 bits with its scale, to the
+bit as `kernels.reference` does: one division a token and one product a feature. The result has room for rows up to a
 multiple of 16 behind the last token, so that a product which needs such a number of rows finds them without a copy;
 what stands there is undefined. `scale_product_` applies what scales a library could not, in place.
 """
