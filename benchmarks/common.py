@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ def conditions():
     )
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -25,10 +25,12 @@ def main():
         height = 0.8 + 0.22 * len(rest)
         drawing, panels = pyplot.subplots(1, len(figures), figsize=(4.2 * len(figures), height), sharey=True)
         for panel, key in zip(panels if len(figures) > 1 else [panels], figures, strict=True):
-            values = [row.get(key, math.nan) for row in rest]  # some figures are of some rows only
+            values = [row.get(key, math.nan) for row in rest]  # without a bar: not measured
             colors = ["tab:orange" if row["row"].startswith("default") else "tab:blue" for row in rest]
             bars = panel.barh([row["row"] for row in rest], values, color=colors)
-            panel.bar_label(bars, fmt=label, padding=2, fontsize=7)
+            panel.bar_label(
+                bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", padding=2, fontsize=7
+            )
             panel.axvline(rows[0][key], color="black", linewidth=1)
             panel.set_title(f"{key.replace('_', ' ')} (line: dense {rows[0][key]:.3g})", fontsize=9)
             if key not in HIGHER_IS_BETTER:
@@ -38,12 +40,6 @@ def main():
         drawing.tight_layout()
         drawing.savefig(file.with_suffix(".svg"), metadata={"Date": None})
         pyplot.close(drawing)
-
-
-def label(value):
-    if math.isnan(value):
-        return "not measured"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

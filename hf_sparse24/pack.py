@@ -9,14 +9,16 @@ from transformers.utils import logging
 
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, record_of
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import SharedInput, Sparse24Linear
 from hf_sparse24.packing import check_value_dtype
 from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
-from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.selection import Selection, Target, role_of, select
 
 logger = logging.get_logger(__name__)
+
+_SIBLINGS = ({"q", "k", "v"}, {"gate", "up"})  # which read one input, where they stand side by side
 
 
 @torch.no_grad()
@@ -163,7 +165,23 @@ def _replace_targets(
     for target in logging.tqdm(linear, desc=title, unit="layer", leave=False):
         module = model.get_submodule(target.module_name)
         _replace(places.pop(module), module, make(module, target.name))
+    _share_inputs(model)
     return len(linear)
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let siblings with 8-bit weights quantize their input together."""
+    groups: dict[tuple[str, int, int], list[Sparse24Linear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear) and module.quantization:
+            role, parent = role_of(name), name.rpartition(".")[0]
+            for number, roles in enumerate(_SIBLINGS):
+                if role in roles:
+                    groups.setdefault((parent, number, module.in_features), []).append(module)
+    for siblings in groups.values():
+        shared = SharedInput(len(siblings))
+        for number, sibling in enumerate(siblings):
+            sibling.share_input(shared, number)
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

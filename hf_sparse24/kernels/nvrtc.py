@@ -7,34 +7,13 @@ where Triton's launcher takes several times as long.
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import torch
 
-from hf_sparse24.capability import Capability
-
-_OLDEST = (8, 0)  # bfloat16 and mma.sp
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-
-
-@functools.cache
-def nvrtc_capability() -> Capability:
-    """Tell whether kernels can be compiled and launched here."""
-    if not torch.cuda.is_available():
-        return Capability(False, "needs an NVIDIA GPU and torch sees none")
-    if torch.version.hip is not None:
-        return Capability(False, "needs an NVIDIA GPU; this is a ROCm build of torch")
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        return Capability(False, "needs the package cuda-bindings, which torch's CUDA wheels bring along")
-    capability = torch.cuda.get_device_capability()
-    if capability < _OLDEST:
-        return Capability(
-            False, f"needs compute capability 8.0 or newer; this GPU has {'.'.join(map(str, capability))}"
-        )
-    return Capability(True, "the package's own kernels, compiled by NVRTC")
 
 
 @functools.cache
