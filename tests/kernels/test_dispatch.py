@@ -8,7 +8,7 @@ from hf_sparse24.kernels import cusparselt_plans, dispatch
 from hf_sparse24.kernels.autotune import Choices
 from hf_sparse24.kernels.dispatch import FEW_TOKENS, Prepared, choose, prepare
 from hf_sparse24.kernels.reference import quantize_per_token
-from hf_sparse24.packing import QUANTIZED_DTYPES, pack_weight, unpack_weight
+from hf_sparse24.packing import pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
 
 ops = torch.ops.hf_sparse24
