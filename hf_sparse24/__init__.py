@@ -6,7 +6,7 @@ Importing the package registers `quant_method: "sparse24"` with transformers.
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pack import pack_, unpack_
+from hf_sparse24.pack import pack_, set_backend_, unpack_
 from hf_sparse24.prune import prune_
 from hf_sparse24.quantizer import Sparse24HfQuantizer
 from hf_sparse24.report import SparsityReport, SparsityRow, print_sparsity_report, sparsity_report
@@ -24,6 +24,7 @@ __all__ = [
     "pack_",
     "print_sparsity_report",
     "prune_",
+    "set_backend_",
     "sparsity_report",
     "unpack_",
 ]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_sparse24.capability import backend_capability
+from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.kernels import reference
 from hf_sparse24.packing import PackedWeight, dtype_name
 
@@ -40,6 +40,33 @@ class Prepared(NamedTuple):
     few_tokens: int
 
 
+def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, backend: str) -> Capability:
+    """Tell whether a backend takes a packed weight on a GPU here.
+
+    Args:
+        value_dtype (`torch.dtype`): of the packed values.
+        out_features, in_features (`int`): N and K.
+        backend (`str`): a name, or "auto", which takes every weight.
+    """
+    if backend in ("auto", "reference"):
+        return Capability(True, "")
+    capability = backend_capability(backend)
+    if not capability.ok:
+        return capability
+    if backend == "cutlass":
+        from hf_sparse24.kernels.float8 import cutlass_capability
+
+        return cutlass_capability(value_dtype, out_features, in_features)
+    if backend == "cusparselt":
+        from hf_sparse24.kernels.cusparselt import cusparselt_capability
+
+        return cusparselt_capability(value_dtype, out_features, in_features)
+    from hf_sparse24.kernels.decode import decode_capability
+
+    dtype = value_dtype if value_dtype.itemsize == 2 else torch.bfloat16
+    return decode_capability(dtype, value_dtype, in_features)
+
+
 def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
     """Make the form of a packed weight that a library on its device reads; nothing is made where none takes it.
 
@@ -50,34 +77,26 @@ def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
     Raises:
         `ValueError`: the named backend does not take this weight.
     """
-    weight, features = packed.weight, 2 * packed.weight.shape[1]
-    few_tokens = FEW_TOKENS.get(weight.itemsize, 0) if _takes_few_tokens(weight.dtype, features, backend) else 0
-    refused = ""
-    if backend in ("auto", "cutlass"):
-        from hf_sparse24.kernels.float8 import cutlass_capability, metadata_of
+    weight, shape = packed.weight, (packed.weight.shape[0], 2 * packed.weight.shape[1])
 
-        capability = cutlass_capability(weight.dtype, weight.shape[0], features)
-        if capability.ok:
-            return Prepared(weight, metadata_of(packed), few_tokens)
-        refused = capability.reason
-    if backend in ("auto", "cusparselt") and backend_capability("cusparselt").ok:
-        from hf_sparse24.kernels.cusparselt import compress, cusparselt_capability
+    def takes(name: str) -> Capability:
+        return takes_weight(weight.dtype, *shape, name)
 
-        capability = cusparselt_capability(weight.dtype, weight.shape[0], features)
-        if capability.ok:
-            return Prepared(*compress(packed), few_tokens)
-        refused = capability.reason
-    if backend in ("cutlass", "cusparselt"):
-        raise ValueError(f"backend={backend!r} does not take a {weight.shape[0]} x {features} weight: {refused}.")
+    if not takes(backend).ok:
+        raise ValueError(
+            f"backend={backend!r} does not take a {shape[0]} x {shape[1]} weight of {dtype_name(weight.dtype)}: "
+            f"{takes(backend).reason}."
+        )
+    few_tokens = FEW_TOKENS[weight.itemsize] if backend == "auto" and takes("nvrtc").ok else 0
+    if backend == "cutlass" or (backend == "auto" and takes("cutlass").ok):
+        from hf_sparse24.kernels.float8 import metadata_of
+
+        return Prepared(weight, metadata_of(packed), few_tokens)
+    if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
+        from hf_sparse24.kernels.cusparselt import compress
+
+        return Prepared(*compress(packed), few_tokens)
     return Prepared(weight, None, few_tokens)
-
-
-def _takes_few_tokens(value_dtype: torch.dtype, in_features: int, backend: str) -> bool:
-    if backend not in ("auto", "nvrtc") or not backend_capability("nvrtc").ok:
-        return False
-    from hf_sparse24.kernels.decode import decode_capability
-
-    return decode_capability(value_dtype if value_dtype.itemsize == 2 else torch.bfloat16, value_dtype, in_features).ok
 
 
 def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | None, backend: str = "auto") -> str:
@@ -91,14 +110,16 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     """
     if backend == "reference" or dtype not in ACTIVATIONS:
         return "reference"
-    if backend in ("auto", "nvrtc") and (metadata is None or tokens <= FEW_TOKENS[weight.itemsize]):
-        from hf_sparse24.kernels.decode import decode_capability
-
-        if backend_capability("nvrtc").ok and decode_capability(dtype, weight.dtype, 2 * weight.shape[1]).ok:
-            return "nvrtc"
-    if metadata is not None and backend != "nvrtc":
+    few = metadata is None or tokens <= FEW_TOKENS[weight.itemsize]
+    if few and backend in ("auto", "nvrtc") and takes_weight(weight.dtype, *_shape(weight), "nvrtc").ok:
+        return "nvrtc"
+    if metadata is not None:
         return "cutlass" if metadata.ndim == 2 else "cusparselt"
     return "reference"
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], 2 * weight.shape[1]
 
 
 def linear(

@@ -1,7 +1,7 @@
 """FP8 2:4 products on Hopper through torchao's CUTLASS kernel, which has all scales and the bias in its epilogue.
 
-The operators are called as they are, on two dimensions: torchao's tensor subclass fails on (B, S, K) inputs. The values
-are those of format 1; only the kernel's metadata are made here.
+The operators are called as they are, on two dimensions: torchao's tensor subclass fails on (B, S, K) inputs. The
+values are those of format 1; only the kernel's metadata are made here.
 """
 
 import torch
