@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
+from hf_sparse24.kernels.dispatch import routes
 from hf_sparse24.pack import unpack_
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
@@ -187,7 +188,7 @@ def evaluate(
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, devices and which backends can run here, and why not. Paste this into a bug report."""
-    facts = environment()
+    facts = environment() | {f"kernels for {kind}": route for kind, route in routes().items()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -118,6 +118,26 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     return "reference"
 
 
+def routes() -> dict[str, str]:
+    """Say for each kind of weight which kernels run it here with backend="auto", by the number of tokens.
+
+    ```python
+    >>> set(routes()) == {"16-bit", "int8", "fp8"}
+    True
+
+    ```
+    """
+    found = {}
+    for name, dtype in (("16-bit", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        few, shape = FEW_TOKENS[dtype.itemsize], (4096, 4096)  # which every kernel takes
+        many = next((b for b in ("cutlass", "cusparselt") if takes_weight(dtype, *shape, b).ok), "reference")
+        if takes_weight(dtype, *shape, "nvrtc").ok:
+            found[name] = "nvrtc" if many == "reference" else f"nvrtc up to {few} tokens, then {many}"
+        else:
+            found[name] = many
+    return found
+
+
 def _shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], 2 * weight.shape[1]
 
