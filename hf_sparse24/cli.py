@@ -1,4 +1,4 @@
-"""`hf-sparse24`: prune, report, unpack, evaluate, env. Parses, calls and prints; decides nothing."""
+"""`hf-sparse24`: prune, report, unpack, evaluate, bench, env. Parses, calls and prints; decides nothing."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from hf_sparse24.benchmark import commands as benchmark_commands
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --dataset text.txt",
 )
+app.add_typer(benchmark_commands.app, name="bench", help="Measure packed layers and models beside dense ones.")
 
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write; must not exist or be empty.")]
