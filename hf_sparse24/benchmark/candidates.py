@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse24.benchmark.roofline import DTYPE
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import SharedInput, Sparse24Linear
 from hf_sparse24.packing import QUANTIZED_DTYPES, quantize_rows
 
 _ROWS_OF_INT_MM = 32
@@ -179,12 +179,9 @@ class Sparse24(Candidate):
     @staticmethod
     def join(siblings: Sequence[Any]) -> None:
         """Let the layers quantize their input once, as `pack_` does."""
-        if hasattr(Sparse24Linear, "share_input"):
-            from hf_sparse24.nn import SharedInput
-
-            shared = SharedInput(len(siblings))
-            for number, sibling in enumerate(siblings):
-                sibling.layer.share_input(shared, number)
+        shared = SharedInput(len(siblings))
+        for number, sibling in enumerate(siblings):
+            sibling.layer.share_input(shared, number)
 
     def multiply(self, prepared: Prepared) -> Tensor:
         """Run the layer."""

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_sparse24.capability import Capability, has_nvmath
+from hf_sparse24.kernels.autotune import Choice
 from hf_sparse24.kernels.cusparselt_plans import Library, Operands, Problem
-from hf_sparse24.packing import PackedWeight, dtype_name, scatter_values
+from hf_sparse24.packing import PackedWeight, dtype_name, pack_weight, scatter_values
+from hf_sparse24.pattern import prune_2to4
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +92,24 @@ def matmul(
         with torch.cuda.device(device):
             _library(device).run(problem, operands)
     return out[:tokens]
+
+
+def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, device: torch.device) -> Choice:
+    """Search the fastest algorithm for products of about this size, if it is not known yet, and return it.
+
+    Args:
+        out_features, in_features (`int`): N and K, which `cusparselt_capability` takes.
+        dtype (`torch.dtype`): of the values; float16 and bfloat16 also of the result, which else is bfloat16.
+        tokens (`int`): M.
+        device (`torch.device`): a GPU.
+    """
+    out_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    weight = prune_2to4(torch.randn(out_features, in_features, device=device)).to(dtype)
+    values, metadata = compress(pack_weight(weight))
+    scale = torch.ones(out_features, device=device) if dtype == torch.int8 else None
+    rows = -(-tokens // ROWS[dtype]) * ROWS[dtype]
+    matmul(torch.randn(rows, in_features, device=device).to(dtype), values, metadata, scale, out_dtype)
+    return _library(values.device.index).choice(Problem(out_features, in_features, rows, dtype, out_dtype))
 
 
 def _with_rows(input: Tensor, rows: int) -> Tensor:

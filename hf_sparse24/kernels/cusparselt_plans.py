@@ -173,6 +173,11 @@ class Library:
                 self._plans.move_to_end(problem)
             self._launch(plan, operands)
 
+    def choice(self, problem: Problem) -> Choice:
+        """Return the algorithm that a problem which has run was found to be fastest with."""
+        known = (choices.known(self._key(problem, tokens)) for tokens in (problem.tokens, bucket(problem.tokens)))
+        return next(choice for choice in known if choice is not None)
+
     def close(self) -> None:
         """Free the plans and the handle."""
         while self._plans:
