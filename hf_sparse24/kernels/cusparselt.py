@@ -21,7 +21,8 @@ from hf_sparse24.pattern import prune_2to4
 
 logger = logging.get_logger(__name__)
 
-ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}  # tokens: multiples of this
+# Tokens come in multiples of these. The library takes 8 for float16 too, and then crashes in some algorithms (0.8.0).
+ROWS = {torch.float16: 16, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}
 FEATURES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}  # inputs and outputs too
 _SMALLEST = 128  # of either: some algorithms for Hopper crash on less
 

@@ -24,7 +24,7 @@ _CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16
 _ROW_ORDER, _COLUMN_ORDER = 2, 1
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1
 _ALIGNMENT = 16
-_SPLITS = (1, 2, 4)
+_SPLITS = (1, -1)  # -1 is segment-K
 _WARM_UPS, _TIMED = 2, 5
 _KEPT = 2048  # plans a device, some kilobytes each
 
@@ -69,7 +69,7 @@ class Plan:
                 self._lt.matmul_alg_selection_destroy,
             )
             self._set(self._lt.MatmulAlgAttribute.CONFIG_ID, algorithm)
-            if split_k > 1:
+            if split_k != 1:
                 self._set(self._lt.MatmulAlgAttribute.SPLIT_K, split_k)
             self.pointer = self._own(
                 self._lt.matmul_plan_init(self._handle, descriptor, self._selection),

@@ -40,6 +40,9 @@ def check(result, x, packed, bias, kernel):
     # token's scale, and a bias is added to a rounded product: two roundings more, relative to the largest output.
     largest = exact.abs().max() if exact.numel() else torch.tensor(0.0)
     bound = EPSILON[x.dtype] * exact.abs() + x.shape[-1] * 2**-23 * largest
+    if kernel == "cutlass":  # the kernel sums FP8 products with fewer bits than float32
+        bound += 2.0**-8 * largest
+        print("cutlass error", float(((result.double() - exact).abs()/largest).max()) if exact.numel() else 0, x.dtype, x.shape, packed.weight.shape)
     if kernel == "cusparselt":
         bound += (EPSILON[x.dtype] + (2.0**-8 if packed.weight_scale is not None else 0)) * largest
     assert result.dtype == x.dtype
