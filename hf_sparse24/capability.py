@@ -21,6 +21,7 @@ class Capability(NamedTuple):
     reason: str
 
 
+@functools.cache
 def backend_capability(backend: str) -> Capability:
     """Tell whether a backend of `Sparse24Config` can run here.
 

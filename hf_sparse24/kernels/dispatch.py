@@ -12,6 +12,7 @@ A library reads a weight in a form of its own, made once by `prepare`: the value
 in place of the indices.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
     few_tokens: int
 
 
+@functools.cache
 def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, backend: str) -> Capability:
     """Tell whether a backend takes a packed weight on a GPU here.
 
@@ -169,8 +171,7 @@ def linear(
 
     if input.dtype != weight.dtype:
         raise TypeError(f"the input is {dtype_name(input.dtype)}, the weight {dtype_name(weight.dtype)}")
-    out = matmul(rows, weight, weight_metadata, None, input.dtype)
-    return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], weight.shape[0])
+    return matmul(rows, weight, weight_metadata, None, bias, input.dtype).view(*input.shape[:-1], weight.shape[0])
 
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -235,7 +236,7 @@ def _through_cusparselt(
 
     in_product = weight_scale if weight.dtype == torch.int8 else None
     # In bfloat16 whatever the result: without the token's scale a sum can be beyond float16.
-    product = matmul(rows, weight, metadata, in_product, torch.bfloat16)
+    product = matmul(rows, weight, metadata, in_product, None, torch.bfloat16)
     if scale is None and in_product is not None and bias is None and dtype == torch.bfloat16:
         return product
     if scale is None:

@@ -34,7 +34,9 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     tokens = len(rows)
-    quantized = torch.empty(-(-tokens // ROWS) * ROWS, features, dtype=dtype, device=input.device)[:tokens]
+    quantized = torch.empty(-(-tokens // ROWS) * ROWS, features, dtype=dtype, device=input.device)
+    if tokens % ROWS:
+        quantized = quantized[:tokens]
     scale = torch.empty(*leading, 1, dtype=torch.float32, device=input.device)
     if tokens and features:
         device = input.device.index
