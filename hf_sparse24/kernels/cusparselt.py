@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_sparse24.capability import Capability, has_nvmath
+from hf_sparse24.capability import Capability, gpu_capability, has_nvmath
 from hf_sparse24.kernels.autotune import Choice
 from hf_sparse24.kernels.cusparselt_plans import Library, Operands, Problem
 from hf_sparse24.packing import PackedWeight, dtype_name, pack_weight, scatter_values
@@ -36,6 +36,8 @@ def cusparselt_capability(value_dtype: torch.dtype, out_features: int, in_featur
     step = FEATURES[value_dtype]
     if in_features % step or out_features % step:
         return Capability(False, f"cuSPARSELt takes features divisible by {step} with {dtype_name(value_dtype)}")
+    if value_dtype == torch.float8_e4m3fn and gpu_capability() < (8, 9):
+        return Capability(False, "FP8 products need compute capability 8.9 or newer; quantization='int8' runs here")
     if min(in_features, out_features) < _SMALLEST:
         return Capability(False, f"cuSPARSELt is used from {_SMALLEST} features up")
     return Capability(True, "cuSPARSELt")
@@ -90,7 +92,7 @@ def matmul(
         out = _matmul_of_torch(input, weight, metadata, weight_scale, out_dtype, padded)[:tokens]
         return out if bias is None else out.add_(bias)
     out = torch.empty(padded, weight.shape[0], dtype=out_dtype, device=input.device)
-    device = input.device.index
+    device = input.get_device()
     problem = Problem(weight.shape[0], features, padded, weight.dtype, out_dtype, bias is not None)
     operands = Operands(input, weight, weight_scale, bias, out)
     if torch._C._cuda_getDevice() == device:

@@ -16,7 +16,8 @@ from hf_sparse24.capability import Capability
 from hf_sparse24.kernels.nvrtc import allow_shared_memory, device_capability, launch, load
 
 MOST_TOKENS = 64
-_TOKEN_TILES = (1, 2, 4, 8)
+# Tiles of 8 tokens of a block, by the number of tokens.
+_TOKEN_TILES = [next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= tokens) for tokens in range(MOST_TOKENS + 1)]
 _ALIGNMENT = 16  # bytes, of what a lane copies at once
 _DTYPES = (torch.float16, torch.bfloat16)
 _UNIT = 64  # columns
@@ -75,6 +76,7 @@ class Block(NamedTuple):
         return 6 * self.rows + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))
 
 
+@functools.cache
 def decode_capability(dtype: torch.dtype, value_dtype: torch.dtype, in_features: int) -> Capability:
     """Tell whether the kernel takes activations and packed values of these dtypes and a projection of this width."""
     if dtype not in _DTYPES or (value_dtype.itemsize == 2 and value_dtype != dtype) or value_dtype.itemsize > 2:
@@ -98,54 +100,81 @@ def few_tokens_linear(
     Raises:
         `ValueError`: dtypes or a width that the kernel does not take (see `decode_capability`).
     """
-    capability = decode_capability(input.dtype, weight.dtype, input.shape[-1])
+    *leading, features = input.shape
+    capability = decode_capability(input.dtype, weight.dtype, features)
     if not capability.ok:
         raise ValueError(f"The kernel for few tokens {capability.reason}.")
-    rows = input.reshape(-1, input.shape[-1]).contiguous()
+    rows = input.reshape(-1, features).contiguous()
     if rows.data_ptr() % _ALIGNMENT:  # a view from the middle of something
         rows = rows.clone()
-    _check_operands(input, weight, weight_indices, weight_scale, bias)
-    tokens, outputs = len(rows), weight.shape[0]
-    result = torch.empty(*input.shape[:-1], outputs, dtype=input.dtype, device=input.device)
+    pointers = _addresses(input, weight, weight_indices, weight_scale, bias)
+    outputs, tokens = weight.shape[0], rows.shape[0]
+    result = input.new_empty((*leading, outputs))
     if tokens and outputs:
-        device = input.device.index
-        token_tiles = next(tiles for tiles in _TOKEN_TILES if 8 * tiles >= min(tokens, MOST_TOKENS))
-        block, kernel, size = _compiled(input.dtype, weight.dtype, token_tiles, outputs, rows.shape[1], device)
-        grid = (-(-tokens // block.tokens), -(-outputs // block.rows) * block.cluster)
-        tensors = (rows, weight, weight_indices, weight_scale, bias, result)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        launch(kernel, grid, block.threads, (*pointers, tokens, outputs, rows.shape[1]), device, size)
+        device = input.get_device()
+        token_tiles = _TOKEN_TILES[min(tokens, MOST_TOKENS)]
+        compiled = _compiled(input.dtype, weight.dtype, token_tiles, outputs, features, device)
+        grid = (-(-tokens // compiled.tokens), compiled.blocks)
+        arguments = (rows.data_ptr(), *pointers, result.data_ptr(), tokens, outputs, features)
+        launch(compiled.kernel, grid, compiled.threads, arguments, device, compiled.shared_memory)
     return result
 
 
-def _check_operands(input: Tensor, weight: Tensor, *others: Tensor | None) -> None:
-    """Raise `ValueError` for what the kernel would read wrongly."""
-    indices, scale, bias = others
-    dtypes = {torch.uint8: indices, torch.float32: scale, input.dtype: bias}
-    for dtype, tensor in dtypes.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"The kernel for few tokens takes {dtype} where it got {tensor.dtype}.")
-    for tensor in (weight, *others):
-        if tensor is None:
-            continue
-        if tensor.device != input.device or not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
-            raise ValueError(
-                "The kernel for few tokens takes contiguous, 16-byte aligned tensors of one device; got one on "
-                f"{tensor.device} with strides {tensor.stride()}."
-            )
+def _addresses(
+    input: Tensor, weight: Tensor, indices: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Return where the operands stand.
+
+    Raises:
+        `ValueError`: the kernel would read one of them wrongly.
+    """
+    device = input.get_device()
+    addresses = (
+        weight.data_ptr(),
+        indices.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+    )
+    readable = (
+        not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % _ALIGNMENT
+        and weight.get_device() == indices.get_device() == device
+        and weight.is_contiguous()
+        and indices.is_contiguous()
+        and indices.dtype == torch.uint8
+        and (
+            scale is None or (scale.dtype == torch.float32 and scale.is_contiguous() and scale.get_device() == device)
+        )
+        and (bias is None or (bias.dtype == input.dtype and bias.is_contiguous() and bias.get_device() == device))
+    )
+    if not readable:
+        raise ValueError(
+            "The kernel for few tokens takes contiguous, 16-byte aligned tensors of one device: indices in uint8, "
+            f"scales in float32, a bias in {input.dtype}."
+        )
+    return addresses
+
+
+class _Compiled(NamedTuple):
+    """A kernel, and how to launch it: threads of a block, blocks for the outputs, tokens of a block, bytes."""
+
+    kernel: Any
+    threads: int
+    blocks: int
+    tokens: int
+    shared_memory: int
 
 
 @functools.cache
 def _compiled(
     dtype: torch.dtype, value_dtype: torch.dtype, token_tiles: int, outputs: int, features: int, device: int
-) -> tuple[Block, Any, int]:
-    """Return the block for a projection, its kernel and the shared memory that it takes, bytes."""
+) -> _Compiled:
+    """Return the kernel for a projection."""
     capability, properties = device_capability(device), torch.cuda.get_device_properties(device)
     block = tiles(token_tiles, outputs, features, value_dtype, capability, properties.multi_processor_count)
     kernel, size = _kernel(dtype, value_dtype, block, capability), block.shared_memory(value_dtype)
     if size > _USUAL_SHARED_MEMORY:
         allow_shared_memory(kernel, size, device)
-    return block, kernel, size
+    return _Compiled(kernel, block.threads, -(-outputs // block.rows) * block.cluster, block.tokens, size)
 
 
 @functools.cache
