@@ -49,7 +49,7 @@ def backend_capability(backend: str) -> Capability:
 @functools.cache
 def gpu_capability() -> tuple[int, int]:
     """Return the compute capability of the current GPU, taken to be that of all."""
-    return torch.cuda.getgpu_capability()
+    return torch.cuda.get_device_capability()
 
 
 def _cusparselt() -> Capability:
