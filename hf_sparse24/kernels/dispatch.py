@@ -25,7 +25,7 @@ from hf_sparse24.packing import PackedWeight, dtype_name
 
 logger = logging.get_logger(__name__)
 
-FEW_TOKENS = {2: 64, 1: 16}  # by bytes of a value
+FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 16, torch.float8_e4m3fn: 8}  # by dtype of the values
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
@@ -83,7 +83,7 @@ def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
             f"backend={backend!r} does not take a {shape[0]} x {shape[1]} weight of {dtype_name(weight.dtype)}: "
             f"{takes(backend).reason}."
         )
-    few_tokens = FEW_TOKENS[weight.itemsize] if backend == "auto" and takes("nvrtc").ok else 0
+    few_tokens = FEW_TOKENS[weight.dtype] if backend == "auto" and takes("nvrtc").ok else 0
     if backend == "cutlass" or (backend == "auto" and takes("cutlass").ok):
         return Prepared(weight, float8.metadata_of(packed), few_tokens)
     if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
@@ -102,7 +102,7 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     """
     if backend == "reference" or dtype not in ACTIVATIONS:
         return "reference"
-    few = metadata is None or tokens <= FEW_TOKENS[weight.itemsize]
+    few = metadata is None or tokens <= FEW_TOKENS[weight.dtype]
     if few and backend in ("auto", "nvrtc") and takes_weight(weight.dtype, *_shape(weight), "nvrtc").ok:
         return "nvrtc"
     if metadata is not None:
@@ -121,7 +121,7 @@ def routes() -> dict[str, str]:
     """
     found = {}
     for name, dtype in (("16-bit", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        few, shape = FEW_TOKENS[dtype.itemsize], (4096, 4096)  # which every kernel takes
+        few, shape = FEW_TOKENS[dtype], (4096, 4096)  # which every kernel takes
         many = next((b for b in ("cutlass", "cusparselt") if takes_weight(dtype, *shape, b).ok), "reference")
         if takes_weight(dtype, *shape, "nvrtc").ok:
             found[name] = "nvrtc" if many == "reference" else f"nvrtc up to {few} tokens, then {many}"
