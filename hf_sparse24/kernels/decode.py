@@ -25,7 +25,7 @@ _USUAL_SHARED_MEMORY = 48 * 1024  # bytes that a block may have without asking
 _SHARED_MEMORY = {(8, 0): 164 * 1024, (8, 7): 164 * 1024, (9, 0): 228 * 1024, (10, 0): 228 * 1024, (10, 3): 228 * 1024}
 _LEAST_SHARED_MEMORY = 100 * 1024  # of a multiprocessor
 _RESERVED = 1024  # bytes of it for every block
-_BLOCKS_AT_ONCE = 2
+_BLOCKS_AT_ONCE = 4
 _MOST_STAGES = 8
 # What a multiprocessor could read while a block starts and ends, and while it waits for another of its cluster: about
 # 20 bytes a nanosecond.
@@ -191,37 +191,49 @@ def tiles(
     capability: tuple[int, int],
     multiprocessors: int,
 ) -> Block:
-    """Return the block for a projection: that with which the busiest multiprocessor has the least to read.
+    """Return the block for a projection: of a few kinds, that with which the busiest multiprocessor reads the least.
 
     Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
-    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns.
+    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns. The kinds are those
+    that were the fastest, or nearly, for four shapes on one H100 (`benchmarks/results/decode_blocks.json`), picked by
+    hand from those timings; the constants are guesses, and other shapes and GPUs were not timed.
     """
-    units = 2 if features % (2 * _UNIT) == 0 else 1
+    bits_16, few = value_dtype.itemsize == 2, token_tiles <= 2
     shared_memory = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
 
     def blocks_each(block: Block) -> int:
         return -(-(-(-outputs // block.rows) * block.cluster) // multiprocessors)
 
-    def with_stages(block: Block) -> Block:
-        """As many as there is room for, where the blocks of a multiprocessor run side by side."""
-        most = shared_memory // min(blocks_each(block), _BLOCKS_AT_ONCE) - _RESERVED
-        chunks = -(-features // (_UNIT * units * block.cluster))
-        stages = range(2, min(_MOST_STAGES, 1 + chunks) + 1)
-        fitting = [n for n in stages if block._replace(stages=n).shared_memory(value_dtype) <= most]
-        return block._replace(stages=max(fitting, default=0))
+    def complete(row_tiles: int, row_warps: int, teams: int, cluster: int) -> Block:
+        """With long chunks, where there are rows enough to copy, and the stages that there is room for."""
+        block = Block(row_tiles, row_warps, teams, token_tiles, 1, 2, cluster if capability >= (9, 0) else 1)
+        longest = 4 if few and block.rows >= 64 * value_dtype.itemsize else 2
+        units = next(n for n in (longest, 2, 1) if features % (n * _UNIT) == 0)
+        # Blocks of a multiprocessor run side by side. Clusters of more than two were slow with room for one each:
+        # probably they do not fill all multiprocessors, and the last of them waits for the first.
+        side_by_side = min(max(blocks_each(block), 2 if block.cluster > 2 else 1), _BLOCKS_AT_ONCE)
+        chunks = -(-features // (_UNIT * units * teams * block.cluster))
+        for room in (shared_memory // side_by_side, shared_memory):
+            for stages in range(min(_MOST_STAGES, 1 + chunks), 1, -1):
+                staged = block._replace(units=units, stages=stages)
+                if staged.shared_memory(value_dtype) <= room - _RESERVED:
+                    return staged
+        return block._replace(stages=0)  # does not fit
 
     def cost(block: Block) -> float:
         weights = block.rows * (value_dtype.itemsize / 2 + 1 / 8)
         read = features / block.cluster * (weights + 2 * block.tokens)
         return blocks_each(block) * (read + _BYTES_OF_A_START) + _BYTES_OF_A_CLUSTER * (block.cluster - 1)
 
-    clusters = (1, 2, 4, 8) if capability >= (9, 0) else (1,)
-    blocks = [
-        with_stages(Block(row_tiles, row_warps, 1, token_tiles, units, 2, cluster))
-        for row_tiles, row_warps in ((1, 2), (1, 4), (2, 4), (2, 6), (2, 7), (2, 8))
-        for cluster in clusters
-    ]
-    return min((block for block in blocks if block.stages), key=cost)
+    # Row tiles, row warps, teams, cluster. Weights of 8 bits take more work a byte, hence more warps for as many rows.
+    if few:
+        kinds = [(1, 1, 4, 2), (1, 4, 1, 1), (1, 4, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 8, 1, 1)]
+        kinds += [(2, 2, 1, 8), (2, 7, 1, 1)] if bits_16 else []  # 7 warps cannot copy long chunks beside 8 bits
+    elif token_tiles == 4:
+        kinds = [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
+    else:
+        kinds = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(2, 4, 1, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
+    return min((block for block in (complete(*kind) for kind in kinds) if block.stages), key=cost)
 
 
 def definitions(dtype: torch.dtype, value_dtype: torch.dtype, block: Block) -> dict[str, int]:

@@ -13,6 +13,8 @@ from .emulation import address, emulator
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(EPSILON)
 QUANTIZATIONS = [None, "int8", "fp8"]
+SHAPES = [(16, 64), (576, 576), (576, 1536), (1536, 576), (1024, 4096), (2048, 2048), (4096, 4096), (4096, 14336)]
+SHAPES += [(11008, 4096), (14336, 4096), (28672, 4096), (8192, 28672), (53248, 16384)]
 SMALL = Block(row_tiles=1, row_warps=1, teams=1, token_tiles=1, units=1, stages=2, cluster=1)
 
 
@@ -110,13 +112,16 @@ def test_nothing_beyond_the_last_row_or_token_is_read_or_written(kernel_device):
 @pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8])
 def test_every_projection_gets_a_block_that_fits(value_dtype, capability, room):
     for token_tiles in (1, 2, 4, 8):
-        for outputs, features in [(16, 64), (576, 1536), (1024, 4096), (28672, 4096), (4096, 14336)]:
+        for outputs, features in SHAPES:
             block = tiles(token_tiles, outputs, features, value_dtype, capability, 132)
             assert block.tokens == 8 * token_tiles
             assert features % (64 * block.units) == 0
             assert block.shared_memory(value_dtype) <= room * 1024
             assert block.stages >= 2
             assert block.cluster == 1 or capability >= (9, 0)
+            pieces = 16 * block.units // value_dtype.itemsize  # of a token, as `fetch` copies them
+            assert 32 * block.row_warps % pieces == 0
+            assert block.threads <= 512
 
 
 def test_what_the_kernel_does_not_take_is_refused():
