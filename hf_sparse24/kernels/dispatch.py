@@ -25,7 +25,7 @@ from hf_sparse24.packing import PackedWeight, dtype_name
 
 logger = logging.get_logger(__name__)
 
-FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 16, torch.float8_e4m3fn: 8}  # by dtype of the values
+FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 32, torch.float8_e4m3fn: 16}  # by dtype of the values
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
