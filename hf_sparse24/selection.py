@@ -80,6 +80,7 @@ _INSIDE_NORM = re.compile(r"(^|\.)([^.]*_)?(layer|rms|batch|group)?_?norm\d*\.(?
 # Numbered, but beside the layers: what merges patches, or adapts to one language.
 _BETWEEN = re.compile(r"(^|\.)([^.]*merger[^.]*|adapter_modules)\.")
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
+_ADAPTER = re.compile(r"(^|\.)lora_")  # peft's; the projection that they stand beside is its `base_layer`
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -234,7 +235,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str, Tens
             if parameter.ndim < 2 or "bias" in key or key == "weight_indices" or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = module_name if key == "weight" else f"{module_name}.{key}".lstrip(".")
+            name = module_name.removesuffix(".base_layer") if key == "weight" else f"{module_name}.{key}".lstrip(".")
             yield name, module_name, module, key, parameter
 
 
@@ -257,6 +258,8 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
     """Why this matrix can never become 2:4, whatever the user asks."""
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if _ADAPTER.search(name):
+        return "adapter"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
     if is_router(name, module):

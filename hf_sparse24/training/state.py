@@ -1,0 +1,89 @@
+"""What a checkpoint needs beside the weights to go on bit-equal: masks, and what a policy keeps of pruned weights.
+
+One file, `sparse24_training.safetensors`, in the checkpoint's folder, with whole tensors whatever the number of
+processes: shards are gathered for it, and cut again from it.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_sparse24 import processes
+from hf_sparse24.training.masks import Masks, pack_bits
+
+FILE = "sparse24_training.safetensors"
+States = dict[str, dict[str, Tensor]]
+
+_MASK = "mask"
+
+
+def save_state(folder: str | Path, model: nn.Module, masks: Masks, states: States, policy: str, step: int) -> None:
+    """Write masks and states. Every process has to call it; the first one writes."""
+    tensors = {}
+    for name, mask, parameter in masks.weights(model):
+        whole = _gather(mask.kept().to(torch.uint8), parameter)
+        tensors[f"{name}:{_MASK}"] = pack_bits(whole.bool()).cpu()
+        for key, tensor in states.get(name, {}).items():
+            tensors[f"{name}:{key}"] = _gather(tensor, parameter).cpu().contiguous()
+    if not processes.is_first():
+        return
+    path = Path(folder) / FILE
+    unfinished = path.with_suffix(".unfinished")
+    save_file(tensors, unfinished, {"policy": policy, "step": str(step), "names": json.dumps(list(masks))})
+    unfinished.replace(path)
+
+
+def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) -> States:
+    """Read masks into `masks`, and return the states.
+
+    Raises:
+        `ValueError`: the file is of another policy or of other matrices.
+    """
+    states: States = {name: {} for name in masks}
+    with safe_open(Path(folder) / FILE, "pt") as file:
+        metadata = file.metadata()
+        if metadata["policy"] != policy:
+            raise ValueError(
+                f"{folder} was saved with mask_policy {metadata['policy']!r}; this run has {policy!r}. Resume with "
+                "the same, or start from its weights with resume_from_checkpoint=None."
+            )
+        if set(json.loads(metadata["names"])) != set(masks):
+            raise ValueError(f"{folder} has masks of other matrices than the model; resume with the model it is of.")
+        parameters = {name: parameter for name, _, parameter in masks.weights(model)}
+        for key in file.keys():  # noqa: SIM118
+            name, _, kind = key.rpartition(":")
+            parameter, tensor = parameters[name], file.get_tensor(key)
+            if kind == _MASK:
+                masks[name].replace(_cut(_unpack(tensor, parameter.shape), parameter).bool())
+            else:
+                states[name][kind] = _cut(tensor, parameter)
+    return states
+
+
+def _gather(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return the whole of a tensor that is sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        tensor, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def _cut(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return this process's part of a whole tensor, where the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return tensor.to(parameter.device)
+    mesh = parameter.device_mesh
+    whole = tensor.to(parameter.to_local().device)
+    return distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None).to_local().clone()
+
+
+def _unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    positions = torch.arange(8, dtype=torch.uint8)
+    return (bits.unsqueeze(-1) >> positions).bitwise_and(1).view(-1)[: shape.numel()].view(shape)
