@@ -5,6 +5,7 @@ processes: shards are gathered for it, and cut again from it.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_sparse24 import processes
-from hf_sparse24.training.masks import Masks, pack_bits
+from hf_sparse24.training.masks import Masks, local, pack_bits
 
 FILE = "sparse24_training.safetensors"
 States = dict[str, dict[str, Tensor]]
@@ -30,11 +31,12 @@ def save_state(folder: str | Path, model: nn.Module, masks: Masks, states: State
         tensors[f"{name}:{_MASK}"] = pack_bits(whole.bool()).cpu()
         for key, tensor in states.get(name, {}).items():
             tensors[f"{name}:{key}"] = _gather(tensor, parameter).cpu().contiguous()
+    sums = _sums(model, masks)
     if not processes.is_first():
         return
     path = Path(folder) / FILE
     unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, {"policy": policy, "step": str(step), "names": json.dumps(list(masks))})
+    save_file(tensors, unfinished, {"policy": policy, "step": str(step), "sums": json.dumps(sums)})
     unfinished.replace(path)
 
 
@@ -43,6 +45,7 @@ def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) 
 
     Raises:
         `ValueError`: the file is of another policy or of other matrices.
+        `RuntimeError`: the weights in the model are not those that were saved with it.
     """
     states: States = {name: {} for name in masks}
     with safe_open(Path(folder) / FILE, "pt") as file:
@@ -52,8 +55,10 @@ def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) 
                 f"{folder} was saved with mask_policy {metadata['policy']!r}; this run has {policy!r}. Resume with "
                 "the same, or start from its weights with resume_from_checkpoint=None."
             )
-        if set(json.loads(metadata["names"])) != set(masks):
+        saved = json.loads(metadata["sums"])
+        if set(saved) != set(masks):
             raise ValueError(f"{folder} has masks of other matrices than the model; resume with the model it is of.")
+        _check_restored(folder, saved, _sums(model, masks))
         parameters = {name: parameter for name, _, parameter in masks.weights(model)}
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition(":")
@@ -63,6 +68,24 @@ def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) 
             else:
                 states[name][kind] = _cut(tensor, parameter)
     return states
+
+
+def _sums(model: nn.Module, masks: Masks) -> dict[str, float]:
+    """Return the sum of each weight, by which a checkpoint tells whether it has been restored."""
+    sums = []
+    for _, _, parameter in masks.weights(model):
+        total = local(parameter).sum(dtype=torch.float64)
+        sums.append(processes.sum_(total) if isinstance(parameter, DTensor) else total)
+    return dict(zip(masks, torch.stack(sums).tolist(), strict=True))
+
+
+def _check_restored(folder: str | Path, saved: dict[str, float], found: dict[str, float]) -> None:
+    for name, total in saved.items():
+        if not math.isclose(total, found[name], rel_tol=1e-6, abs_tol=1e-6):  # sums depend a little on their order
+            raise RuntimeError(
+                f"{name} was not restored from {folder}: Trainer drops weights that transformers saves under other "
+                "names (transformers#48805). Resume with Sparse24Trainer."
+            )
 
 
 def _gather(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

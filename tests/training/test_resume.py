@@ -1,15 +1,16 @@
-"""A training that was killed in the middle of an epoch goes on bit-equal, and so does one that changed nothing else."""
+"""A training that was killed in the middle of an epoch goes on bit-equal."""
 
 import copy
 import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_sparse24 import Sparse24Config, prune_, sparsity_report
+from hf_sparse24 import Sparse24Callback, Sparse24Config, Sparse24Trainer, prune_, sparsity_report
 from hf_sparse24.training.state import FILE
 from tests.families import build
-from tests.training.conftest import Killed, KillAt, Rows, zeros_of
+from tests.training.conftest import KillAt, Killed, Rows, zeros_of
 
 POLICIES = {
     "frozen": {},
@@ -73,6 +74,18 @@ def test_renamed_and_split_weights_are_restored(family, train, tmp_path):
     assert_equal(whole, resumed)
 
 
+def test_a_trainer_that_does_not_restore_them_is_found_out(arguments, rows, tmp_path):
+    def train(resume=None):
+        model = build("mixtral")
+        prune_(model, Sparse24Config(method="magnitude"))
+        args = arguments(save_strategy="steps", save_steps=3)
+        Trainer(model, args, train_dataset=rows, callbacks=[Sparse24Callback()]).train(resume_from_checkpoint=resume)
+
+    train()
+    with pytest.raises(RuntimeError, match="experts.* was not restored .* Resume with Sparse24Trainer"):
+        train(str(tmp_path / "run" / "checkpoint-3"))
+
+
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 24
@@ -83,8 +96,6 @@ class Images(torch.utils.data.Dataset):
 
 
 def test_a_vision_transformer_is_restored(arguments, tmp_path):
-    from hf_sparse24 import Sparse24Trainer
-
     def train(model, resume=None, callbacks=(), **kwargs):
         trainer = Sparse24Trainer(model, arguments(**kwargs), train_dataset=Images(), callbacks=list(callbacks))
         trainer.train(resume_from_checkpoint=resume)
@@ -103,7 +114,6 @@ def test_the_best_of_a_mixture_of_experts_is_loaded(train):
     model = build("mixtral")
     prune_(model, Sparse24Config(method="magnitude"))
     seen = {}
-    from transformers import TrainerCallback
 
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
@@ -128,8 +138,6 @@ def test_the_best_model_of_a_moving_mask_has_its_own_mask(tiny_llama, train):
 
 
 def test_every_checkpoint_is_2to4_whatever_the_policy(tiny_llama, train, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     kwargs = {"mask_policy": "admm", "mask_policy_args": {"refresh_steps": 2}}
     train(tiny_llama, save_strategy="steps", save_steps=3, **kwargs)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
