@@ -82,7 +82,7 @@ def test_a_trainer_that_does_not_restore_them_is_found_out(arguments, rows, tmp_
         Trainer(model, args, train_dataset=rows, callbacks=[Sparse24Callback()]).train(resume_from_checkpoint=resume)
 
     train()
-    with pytest.raises(RuntimeError, match="experts.* was not restored .* Resume with Sparse24Trainer"):
+    with pytest.raises(RuntimeError, match=r"experts.* was not restored .* Resume with Sparse24Trainer"):
         train(str(tmp_path / "run" / "checkpoint-3"))
 
 
