@@ -1,5 +1,7 @@
 """A pruned model, data and arguments for trainings of a few steps on a CPU."""
 
+import copy
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -28,8 +30,9 @@ def rows():
 
 @pytest.fixture
 def pruned(tiny_llama):
-    prune_(tiny_llama, Sparse24Config(method="magnitude"))
-    return tiny_llama
+    model = copy.deepcopy(tiny_llama)
+    prune_(model, Sparse24Config(method="magnitude"))
+    return model
 
 
 @pytest.fixture
