@@ -80,7 +80,6 @@ _INSIDE_NORM = re.compile(r"(^|\.)([^.]*_)?(layer|rms|batch|group)?_?norm\d*\.(?
 # Numbered, but beside the layers: what merges patches, or adapts to one language.
 _BETWEEN = re.compile(r"(^|\.)([^.]*merger[^.]*|adapter_modules)\.")
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
-_ADAPTER = re.compile(r"(^|\.)lora_")  # peft's; the projection that they stand beside is its `base_layer`
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -256,10 +255,8 @@ def _input_dim(module: nn.Module) -> int:
 
 def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Tensor) -> str | None:
     """Why this matrix can never become 2:4, whatever the user asks."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if _ADAPTER.search(name):
-        return "adapter"
+    if isinstance(module, nn.Embedding) or ".lora_" in name:
+        return "embedding" if isinstance(module, nn.Embedding) else "adapter"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
     if is_router(name, module):
@@ -312,8 +309,8 @@ def _target_matcher(
     if isinstance(target_modules, frozenset):
         return target_modules.__contains__
     if isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
-        return lambda name: pattern.fullmatch(name) is not None
+        fullmatch = re.compile(target_modules).fullmatch
+        return lambda name: fullmatch(name) is not None
     suffixes = tuple(target_modules)
     return lambda name: any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
 
