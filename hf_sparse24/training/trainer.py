@@ -81,7 +81,8 @@ class Sparse24TrainerMixin:
             )
         if distillation.label_weight:
             parts["label_weight"] = outputs["loss"] * devices
-            self._note("label", outputs["loss"] * (self.current_gradient_accumulation_steps if scaled else 1), 1.0)
+            share = self.current_gradient_accumulation_steps if scaled else 1
+            self._note("label", parts["label_weight"] * share, 1.0)
         if distillation.hidden_weight:
             hidden = distillation.hidden(outputs, taught, attention_mask(inputs))
             self._note("hidden", hidden, 1.0)
