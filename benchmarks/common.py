@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -21,12 +22,33 @@ def conditions():
     )
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
+
+
+def merge(name, rows, same, order=None):
+    """Add rows to benchmarks/results/NAME.json, in place of those that agree with them in the keys `same`.
+
+    Each row brings the conditions it was measured under. The file has the conditions of all runs, each once, and in
+    its rows their numbers.
+    """
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"conditions": [], "rows": []}
+    runs = kept["conditions"] if isinstance(kept["conditions"], list) else [kept["conditions"]]
+    old = [row | {"conditions": runs[row.get("run", 0)]} for row in kept["rows"]]
+    table = {tuple(row.get(key) for key in same): row for row in [*old, *rows]}
+    rows, runs = sorted(table.values(), key=order) if order else list(table.values()), []
+    for row in rows:
+        run = row.pop("conditions")
+        if run not in runs:
+            runs.append(run)
+        row["run"] = runs.index(run)
+    path.write_text(json.dumps({"conditions": runs, "rows": rows}, indent=1) + "\n")
 
 
 def write(name, rows):

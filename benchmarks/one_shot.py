@@ -2,10 +2,12 @@
 
     python benchmarks/one_shot.py smollm2                # all rows of a model; a GPU is taken where there is one
     python benchmarks/one_shot.py smollm2 --rows default # some rows, by name
-    python benchmarks/one_shot.py --collect              # results/one_shot_NAME.json from the rows of all runs
+    python benchmarks/one_shot.py whisper --rows default --seed 1   # its row is "default, seed 1"
+    python benchmarks/one_shot.py --collect              # add the rows of all runs to results/one_shot_NAME.json
 
 Each row is appended to results/one_shot_NAME.jsonl as soon as it is there, so that several processes can share the
-work. The models and data come from one_shot_bundles.py.
+work. Collected, it replaces the row of the same name, and others stay. The models and data come from
+one_shot_bundles.py.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import json
 import time
 
 import torch
-from common import RESULTS, conditions
+from common import RESULTS, conditions, merge
 from one_shot_data import MODELS, load
 from transformers.utils import logging
 
@@ -45,7 +47,7 @@ def requests(calibration):
     return rows
 
 
-def measure(name, row, request, data, folder):
+def measure(name, row, request, data, seed, folder, note):
     """Prune, pack where that was asked for, and evaluate; append one line a model.
 
     The default is quantized afterwards too, which shows what it brings to know of it before.
@@ -56,7 +58,8 @@ def measure(name, row, request, data, folder):
     started = time.perf_counter()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    config = Sparse24Config(**request, num_samples=128 if data == "self" else 4096)  # of batches: all there are
+    samples = 128 if data == "self" else 4096  # of batches: all there are
+    config = Sparse24Config(**request, num_samples=samples, seed=seed)
     calibration = "self" if data == "self" else bundle["calibration"].get(data)
     report = prune_(model, config, calibration)
     seconds = time.perf_counter() - started
@@ -64,20 +67,23 @@ def measure(name, row, request, data, folder):
     recipe = model.config.sparse24.get("calibration", {})
     if config.quantization:
         pack_(model, config.quantization, backend="reference")
+    of_seed = f", seed {seed}" if seed else ""
     facts = {
-        "row": row,
+        "row": row + of_seed,
         "calibration": data,
+        "seed": seed,
         "seconds": round(seconds, 1),
         "peak_gb": peak and round(peak / 1e9, 2),
         "violating_groups": report.totals["violating_groups"],
         "recipe": recipe,
     }
-    append(name, facts | scores(bundle, model))
+    append(name, facts | scores(bundle, model), note)
     if row == "default":
         for quantization in QUANTIZATIONS:
             packed = copy.deepcopy(model)
             pack_(packed, quantization=quantization, backend="reference")
-            append(name, {"row": f"default, then {quantization}", "calibration": data} | scores(bundle, packed))
+            facts = {"row": f"default, then {quantization}{of_seed}", "calibration": data, "seed": seed}
+            append(name, facts | scores(bundle, packed), note)
             del packed
 
 
@@ -85,25 +91,20 @@ def scores(bundle, model):
     return {key: round(float(evaluate(model)), 4) for key, evaluate in bundle["evaluations"].items()}
 
 
-def append(name, facts):
-    line = json.dumps(facts)
+def append(name, facts, note):
+    line = json.dumps(facts | {"conditions": conditions() | ({"note": note} if note else {})})
     print(line, flush=True)
     with (RESULTS / f"one_shot_{name}.jsonl").open("a") as file:
         file.write(line + "\n")
 
 
 def collect():
-    """Turn the lines of all runs into one file a model, the dense model first, with the conditions."""
+    """Add the lines of all runs to one file a model: the dense model first, then in the order of `requests`."""
+    order = ["dense", *requests(["", "bbc", "mix_512", "self"])]
+    order += [f"default, then {quantization}" for quantization in QUANTIZATIONS]
     for file in sorted(RESULTS.glob("one_shot_*.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = {line.pop("row"): line for line in lines}
-        conditions_of_run = rows.pop("conditions", {})
-        dense = rows.pop("dense")
-        order = list(requests(["", *{facts.get("calibration") for facts in rows.values()} - {None}]))
-        order += [f"default, then {quantization}" for quantization in QUANTIZATIONS]
-        table = [{"row": "dense", **dense}, *({"row": row, **rows[row]} for row in sorted(rows, key=order.index))]
-        text = json.dumps({"conditions": conditions_of_run, "rows": table}, indent=1)
-        file.with_suffix(".json").write_text(text + "\n")
+        merge(file.stem, lines, ["row"], lambda row: (order.index(row["row"].split(", seed ")[0]), row.get("seed", 0)))
         file.unlink()
 
 
@@ -111,6 +112,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", choices=("smollm2", "minilm", "whisper", "dinov2"))
     parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--seed", type=int, default=0, help="of the order of batches in training, and of 'self'")
+    parser.add_argument("--note", help="what else is to be known of this run, such as what shared the GPU")
     parser.add_argument("--folder", default=MODELS)
     parser.add_argument("--collect", action="store_true")
     arguments = parser.parse_args()
@@ -122,11 +125,10 @@ def main():
     wanted = requests([*bundle["calibration"], *(["self"] if arguments.model == "smollm2" else [])])
     if not arguments.rows or "dense" in arguments.rows:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        append(arguments.model, {"row": "conditions", **conditions()})
-        append(arguments.model, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)))
+        append(arguments.model, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)), arguments.note)
     for row, (request, data) in wanted.items():
         if not arguments.rows or row in arguments.rows:
-            measure(arguments.model, row, request, data, arguments.folder)
+            measure(arguments.model, row, request, data, arguments.seed, arguments.folder, arguments.note)
 
 
 if __name__ == "__main__":

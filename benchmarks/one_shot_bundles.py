@@ -4,14 +4,15 @@
 
 | name | calibration | test, of which nothing is in the calibration |
 |---|---|---|
-| smollm2 | windows of 1024 tokens: 128 of BBC, 128 and 512 of a mixture | 32 windows of each of three kinds of text |
+| smollm2 | windows of 1024 tokens: 128 of BBC, 128 and 512 of a mixture | 32 windows each: its three kinds, a fourth |
 | minilm | 1024 BBC articles of 128 tokens | 1000 others: find the article for its headline |
 | whisper | 80 clips of SOTU before 1970 in 4 synthetic voices | 20 of SOTU since 1990 in a 5th; 3 of unknown origin |
 | dinov2 | 64 crops of every other photo | 64 crops of the rest of the photos |
 
 The mixture is a third each of BBC News, State of the Union addresses (SOTU) and the Free On-line Dictionary of
 Computing (FOLDOC). Held out are the last 20 % of the shuffled BBC articles, the last 10 % of the addresses by date and
-the last 10 % of FOLDOC's entries; the test windows are spread evenly over them.
+the last 10 % of FOLDOC's entries; the test windows are spread evenly over them. Jane Austen's novels are a kind
+of text that is in no calibration.
 """
 
 import gzip
@@ -20,6 +21,7 @@ import re
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +49,8 @@ def build_smollm2(folder: Path) -> Batch:
         random.Random(0).shuffle(known)
         windows = _windows(tokenizer, known)
         pools[name] = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-        test = _windows(tokenizer, held_out)
-        data[f"test_{name}"] = test[torch.linspace(0, len(test) - 1, 32).long()]
+        data[f"test_{name}"] = _spread(_windows(tokenizer, held_out))
+    data["test_austen"] = _spread(_windows(tokenizer, austen()))
     # In turn from each kind, so that the first windows of the mixture are a mixture too.
     mix = torch.stack([pool[:171] for pool in pools.values()], dim=1).flatten(0, 1)
     data |= {"calibration_bbc": pools["bbc"][:128], "calibration_mix": mix[:128], "calibration_mix_512": mix[:512]}
@@ -59,6 +61,11 @@ def _windows(tokenizer: Any, documents: list[str]) -> Tensor:
     """Return the documents, an empty line between them, as (windows, WINDOW) tokens."""
     ids = tokenizer("\n\n".join(documents), return_tensors="pt")["input_ids"][0]
     return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+def _spread(windows: Tensor) -> Tensor:
+    """Return 32 windows, spread evenly over all."""
+    return windows[torch.linspace(0, len(windows) - 1, 32).long()]
 
 
 def bbc() -> list[str]:
@@ -88,6 +95,32 @@ def foldoc() -> list[str]:
     """Return the entries of the Free On-line Dictionary of Computing, in the order of the alphabet."""
     text = gzip.decompress((SOURCES / "debian/usr/share/dictd/foldoc.dict.dz").read_bytes()).decode("utf8")
     return [entry.strip("\n") for entry in re.split(r"\n\n(?=\S)", text) if entry.strip()]
+
+
+def austen() -> list[str]:
+    """Return Jane Austen's six novels, a paragraph a line, from an R package."""
+    rest = (SOURCES / "debian/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    novels = []
+    while rest:
+        stream = zlib.decompressobj()
+        lines = _r_strings(stream.decompress(rest[4:]))  # each object is its size and a zlib stream
+        novels.append(re.sub(r"(?<!\n)\n(?!\n)", " ", "\n".join(lines)).strip())
+        rest = stream.unused_data
+    return novels
+
+
+def _r_strings(data: bytes) -> list[str]:
+    """Read a character vector that R serialized: after the header flags and a length, and so has each string."""
+    (name_of_encoding,) = struct.unpack_from(">I", data, 14)
+    position = 18 + name_of_encoding
+    _, count = struct.unpack_from(">II", data, position)
+    position += 8
+    strings = []
+    for _ in range(count):
+        _, length = struct.unpack_from(">II", data, position)
+        position += 8 + length
+        strings.append(data[position - length : position].decode("utf8"))
+    return strings
 
 
 def build_minilm(folder: Path) -> Batch:

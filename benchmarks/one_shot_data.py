@@ -53,14 +53,14 @@ def load(name: str, root: Path = MODELS, dtype: torch.dtype = torch.float32) -> 
 
 
 def load_smollm2(data: Batch, _: Callable) -> tuple[dict, dict]:
-    """Windows of text, 8 a batch; perplexity of three kinds of text."""
+    """Windows of text, 8 a batch; perplexity of three kinds of text in the mixture, and of one that is not."""
     calibration = {key: _batches(8, input_ids=data[f"calibration_{key}"]) for key in ("mix", "bbc", "mix_512")}
 
     def perplexity(key: str) -> Callable[[nn.Module], float]:
         ids = data[f"test_{key}"].flatten()
         return lambda model: evaluation.perplexity(model, ids, window=WINDOW, batch_size=4)
 
-    return calibration, {f"perplexity_{key}": perplexity(key) for key in ("bbc", "sotu", "foldoc")}
+    return calibration, {f"perplexity_{key}": perplexity(key) for key in ("bbc", "sotu", "foldoc", "austen")}
 
 
 def load_minilm(data: Batch, _: Callable) -> tuple[dict, dict]:

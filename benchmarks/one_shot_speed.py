@@ -2,7 +2,8 @@
 
     python benchmarks/one_shot_speed.py --layers 4       # times are a block's; the whole model has 32 of them
 
-Every phase is timed with the device synchronized around it, which costs little beside phases of seconds.
+Every phase is timed with the device synchronized around it, which costs little beside phases of seconds. A row is kept
+in results/one_shot_speed.json as soon as it is there, in place of the one of the same method and number of layers.
 """
 
 import argparse
@@ -10,9 +11,8 @@ import time
 from collections import defaultdict
 
 import torch
-from common import write
+from common import conditions, merge
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from hf_sparse24 import Sparse24Config, prune_
 from hf_sparse24.calibration import blocks, pruner, solve
@@ -50,8 +50,8 @@ def main():
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--methods", nargs="*", default=["alps", "sparsegpt", "alps + matching"])
     parser.add_argument("--offload", action="store_true", help="the model on the CPU, one block at a time on the GPU")
+    parser.add_argument("--note", help="what else is to be known of this run, such as what shared the GPU")
     arguments = parser.parse_args()
-    logging.disable_progress_bar()
     timed(blocks.Stream, "outputs", "outputs of blocks")
     timed(pruner, "group_statistics", "statistics")
     timed(pruner, "find_groups", "order of projections")
@@ -61,8 +61,11 @@ def main():
     for method in solve.RECONSTRUCTING:
         inner = solve.RECONSTRUCTING[method]
         timed_methods(method, inner)
-    rows = [run(arguments, method) for method in arguments.methods]
-    write(f"one_shot_speed{'_offload' if arguments.offload else ''}", rows)
+    for method in arguments.methods:
+        row = run(arguments, method)
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        row["conditions"] = conditions() | ({"note": arguments.note} if arguments.note else {})
+        merge("one_shot_speed", [row], ["method", "layers", "offload"])
 
 
 def timed_methods(method, inner):
@@ -104,8 +107,8 @@ def run(arguments, method):
     seconds = time.perf_counter() - started
     return {
         "method": f"{method} + asymmetric refit",
-        "gpu": torch.cuda.get_device_name(),
         "layers": arguments.layers,
+        **({"offload": True} if arguments.offload else {}),
         "tokens": tokens.numel(),
         "seconds_a_layer": round(seconds / arguments.layers, 2),
         "minutes_for_32_layers": round(seconds / arguments.layers * 32 / 60, 2),

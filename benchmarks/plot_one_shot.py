@@ -4,6 +4,7 @@ python benchmarks/plot_one_shot.py       # writes results/one_shot_NAME.svg; nee
 """
 
 import json
+import math
 
 from common import RESULTS
 
@@ -18,13 +19,13 @@ def main():
         rows = json.loads(file.read_text())["rows"]
         if rows[0].get("row") != "dense":
             continue
-        figures = [key for key in rows[0] if key != "row"]
-        rest = [row for row in rows[1:] if all(key in row for key in figures)]
+        figures = [key for key in rows[0] if key not in ("row", "run")]
+        rest = [row for row in rows[1:] if figures[0] in row and not row.get("seed")]
         rest.sort(key=lambda row: row[figures[0]], reverse=figures[0] not in HIGHER_IS_BETTER)
         height = 0.8 + 0.22 * len(rest)
         drawing, panels = pyplot.subplots(1, len(figures), figsize=(4.2 * len(figures), height), sharey=True)
         for panel, key in zip(panels if len(figures) > 1 else [panels], figures, strict=True):
-            values = [row[key] for row in rest]
+            values = [row.get(key, math.nan) for row in rest]  # without a bar: not measured
             colors = ["tab:orange" if row["row"].startswith("default") else "tab:blue" for row in rest]
             bars = panel.barh([row["row"] for row in rest], values, color=colors)
             panel.bar_label(

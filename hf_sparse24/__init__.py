@@ -10,7 +10,7 @@ from typing import Any
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pack import pack_, unpack_
+from hf_sparse24.pack import pack_, set_backend_, unpack_
 from hf_sparse24.prune import prune_
 from hf_sparse24.quantizer import Sparse24HfQuantizer
 from hf_sparse24.report import SparsityReport, SparsityRow, print_sparsity_report, sparsity_report
@@ -31,6 +31,7 @@ __all__ = [
     "pack_",
     "print_sparsity_report",
     "prune_",
+    "set_backend_",
     "sparsity_report",
     "unpack_",
 ]

@@ -1,4 +1,4 @@
-"""`hf-sparse24`: prune, report, unpack, evaluate, env. Parses, calls and prints; decides nothing."""
+"""`hf-sparse24`: prune, report, unpack, evaluate, bench, tune, env. Parses, calls and prints; decides nothing."""
 
 import json
 import os
@@ -16,10 +16,17 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from hf_sparse24.benchmark import commands as benchmark_commands
+from hf_sparse24.benchmark.shapes import model_shapes, read_config, skeleton
+from hf_sparse24.benchmark.tuning import MOST_TOKENS
+from hf_sparse24.benchmark.tuning import tune as tune_shapes
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
+from hf_sparse24.kernels.cusparselt_plans import choices
+from hf_sparse24.kernels.dispatch import routes
 from hf_sparse24.pack import unpack_
+from hf_sparse24.packing import QUANTIZED_DTYPES
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
 # What a folder holds beside the weights and their description: tokenizer, templates, preprocessing.
@@ -32,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --dataset text.txt",
 )
+app.add_typer(benchmark_commands.app, name="bench", help="Measure packed layers and models beside dense ones.")
 
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write; must not exist or be empty.")]
@@ -185,9 +193,41 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    model: Model,
+    quantization: Annotated[
+        str, typer.Option(help="Of the packed layers: none, int8, fp8, separated by commas.")
+    ] = "none,int8,fp8",
+    tokens: Annotated[int, typer.Option(help="Up to how many tokens at once.")] = MOST_TOKENS,
+    as_json: AsJson = False,
+) -> None:
+    """Search the fastest algorithms for MODEL's projections on this GPU ahead of their first use.
+
+    Example:
+
+        hf-sparse24 tune ./SmolLM2-2of4 --quantization int8
+    """
+    precisions = [None if name.strip() == "none" else name.strip() for name in quantization.split(",")]
+    unknown = set(precisions) - {None, *QUANTIZED_DTYPES}
+    if unknown:
+        raise ValueError(f"--quantization takes none, int8, fp8, separated by commas; got {unknown.pop()!r}.")
+    shapes = model_shapes(skeleton(read_config(model)))
+    found = list(tune_shapes(shapes, precisions, torch.device("cuda"), tokens))
+    if as_json:
+        typer.echo(json.dumps([choice._asdict() for choice in found], indent=2))
+        return
+    for choice in found:
+        typer.echo(
+            f"{choice.shape:>14} {choice.dtype:5} {choice.tokens:6} tokens: algorithm {choice.algorithm}, "
+            f"split-k {choice.split_k}, {choice.microseconds:.1f} us"
+        )
+    typer.echo(f"{len(found)} choices in {choices.path}")
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Show versions, devices and which backends can run here, and why not. Paste this into a bug report."""
-    facts = environment()
+    facts = environment() | {f"kernels for {kind}": route for kind, route in routes().items()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -52,7 +52,8 @@ class Sparse24Config(QuantizationConfigMixin):
             scales per token; None keeps the dtype of the model.
         pack (`bool`): True stores values and indices only, for inference. False keeps ordinary dense tensors with
             zeros, for training and for servers without 2:4 kernels.
-        backend (`str`): `"auto"`, `"cusparselt"`, `"cutlass"`, `"triton"` or `"reference"`.
+        backend (`str`): `"auto"`, `"cusparselt"`, `"cutlass"`, `"nvrtc"` or `"reference"`, see
+            `hf_sparse24.backend_capability`.
         target_modules (`Sequence[str]` or `str`, *optional*): as in peft, names that a module's path ends with, or a
             regular expression for the whole path. None: every attention and feed-forward projection in a numbered
             layer.

@@ -7,16 +7,20 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers.utils import logging
 
+from hf_sparse24.capability import check_backend
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, record_of
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.kernels import dispatch
+from hf_sparse24.nn import SharedInput, Sparse24Linear
 from hf_sparse24.packing import check_value_dtype
 from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
-from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.selection import Selection, Target, role_of, select
 
 logger = logging.get_logger(__name__)
+
+_SIBLINGS = ({"q", "k", "v"}, {"gate", "up"})  # which read one input, where they stand side by side
 
 
 @torch.no_grad()
@@ -79,6 +83,32 @@ def unpack_(model: nn.Module) -> SparsityReport:
         _replace(places.pop(module), module, module.to_linear())
     declare_dense(model, record)
     return sparsity_report(model)
+
+
+def set_backend_(model: nn.Module, backend: str) -> None:
+    """Let the packed layers of a model run through another backend, in place.
+
+    For a checkpoint that was loaded packed: its config says nothing of the machine that it is loaded on.
+
+    Args:
+        model (`nn.Module`): holds packed layers.
+        backend (`str`): as in `Sparse24Config`.
+
+    Raises:
+        `ValueError`: the backend is unknown, cannot run here or does not take one of the weights; nothing was changed.
+    """
+    check_backend(backend)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+    if not packed:
+        raise ValueError(f"{type(model).__name__} has no packed 2:4 layer whose backend could be set.")
+    for name, module in packed.items():
+        dtype = module.weight.dtype
+        capability = dispatch.takes_weight(dtype, module.out_features, module.in_features, backend)
+        if module.weight.is_cuda and not capability.ok:
+            raise ValueError(f"backend={backend!r} does not take {name}: {capability.reason}.")
+    for module in packed.values():
+        module.backend = backend
+        module.prepare_()
 
 
 def pack_selected_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> None:
@@ -163,7 +193,23 @@ def _replace_targets(
     for target in logging.tqdm(linear, desc=title, unit="layer", leave=False):
         module = model.get_submodule(target.module_name)
         _replace(places.pop(module), module, make(module, target.name))
+    _share_inputs(model)
     return len(linear)
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let siblings with 8-bit weights quantize their input together."""
+    groups: dict[tuple[str, int, int], list[Sparse24Linear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Sparse24Linear) and module.quantization:
+            role, parent = role_of(name), name.rpartition(".")[0]
+            for number, roles in enumerate(_SIBLINGS):
+                if role in roles:
+                    groups.setdefault((parent, number, module.in_features), []).append(module)
+    for siblings in groups.values():
+        shared = SharedInput(len(siblings))
+        for number, sibling in enumerate(siblings):
+            sibling.share_input(shared, number)
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

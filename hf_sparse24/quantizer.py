@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from hf_sparse24.capability import resolve_backend
+from hf_sparse24.capability import check_backend
 from hf_sparse24.checkpoint import check_packed_files, packed_and_dense
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
@@ -46,7 +46,7 @@ class Sparse24HfQuantizer(HfQuantizer):
                 "2:4 models cannot be offloaded to disk, where their weights would not be pruned; this device_map "
                 "has 'disk'. Use one without it."
             )
-        resolve_backend(self.quantization_config.backend)
+        check_backend(self.quantization_config.backend)
         if not self.pre_quantized:
             check_method(self.quantization_config)
 
@@ -147,6 +147,7 @@ def _finish_reading(model: PreTrainedModel) -> None:
             module.weight = torch.nn.Parameter(values, requires_grad=False)
         if not module.weight.is_meta:  # offloaded weights live in accelerate's hooks
             module.check(name)
+            module.prepare_()
     keep_module_names(model)
 
 

@@ -4,11 +4,6 @@ import os
 
 import pytest
 import torch
-
-# Without a GPU Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 

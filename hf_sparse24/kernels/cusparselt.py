@@ -1,288 +1,147 @@
-"""Matrix products of 2:4 weights through cuSPARSELt, with plans that are kept.
-
-cuSPARSELt plans a product before it runs it, which takes half a millisecond of the host; torch's own operator does so
-at every call, and takes the library's default algorithm, on Hopper a slow one. Here a plan is made once for a shape,
-and its algorithm is the fastest of those that the library has (`kernels.autotune`).
+"""Matrix products of 2:4 weights through cuSPARSELt: 16 bits, INT8 and FP8.
 
 The library reads a weight as one buffer: first the kept values, exactly as format 1 has them, then its own metadata.
-`compress` makes it; a layer's `weight` is a view of its beginning, so that nothing is stored twice.
-
-Bindings are NVIDIA's own, `nvmath.bindings.cusparseLt`. Handles, plans and workspaces belong to a thread: the
-library's state is never shared. A plan is made outside of the capture of a CUDA graph, by a call of the same shape
-before.
+`compress` makes it; a layer's `weight` is a view of its beginning, so that nothing is stored twice. Where
+nvmath-python is not installed, torch's own operator runs the product, which makes a plan at every call and takes the
+library's default algorithm, on Hopper a slow one; a warning says so.
 """
 
-import ctypes
+import functools
 import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from hf_sparse24.kernels.autotune import Choices, bucket
-from hf_sparse24.packing import PackedWeight, scatter_values
+from hf_sparse24.capability import Capability, has_nvmath
+from hf_sparse24.kernels.autotune import Choice
+from hf_sparse24.kernels.cusparselt_plans import Library, Operands, Problem
+from hf_sparse24.packing import PackedWeight, dtype_name, pack_weight, scatter_values
+from hf_sparse24.pattern import prune_2to4
 
-ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16}  # tokens come in multiples of this
-FEATURES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32}  # so do inputs and outputs
+logger = logging.get_logger(__name__)
 
-_CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16: 14}
-_ROW_ORDER, _COLUMN_ORDER = 2, 1
-_NOT_TRANSPOSED, _TRANSPOSED = 0, 1
-_ALIGNMENT = 16
-_SPLITS = (1, 2, 4)
-_WARM_UPS, _TIMED = 2, 5
+ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}  # tokens: multiples of this
+FEATURES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}  # inputs and outputs too
+_SMALLEST = 128  # of either: some algorithms for Hopper crash on less
 
-choices = Choices()
-
-
-class Problem(NamedTuple):
-    """What a plan depends on: out (M, N) = input (M, K) @ weight (N, K).T, weight rows scaled where it is int8."""
-
-    outputs: int
-    features: int
-    tokens: int
-    dtype: torch.dtype
-    out_dtype: torch.dtype
+_opening = threading.Lock()
 
 
-def compress(packed: PackedWeight) -> Tensor:
-    """Return the library's buffer for a packed weight on a GPU, bytes: N*K/2 values, then metadata.
+def cusparselt_capability(value_dtype: torch.dtype, out_features: int, in_features: int) -> Capability:
+    """Tell whether the library takes a weight of this dtype and shape."""
+    if value_dtype not in FEATURES:
+        return Capability(False, f"cuSPARSELt takes 16-bit, INT8 and FP8 weights, not {dtype_name(value_dtype)}")
+    step = FEATURES[value_dtype]
+    if in_features % step or out_features % step:
+        return Capability(False, f"cuSPARSELt takes features divisible by {step} with {dtype_name(value_dtype)}")
+    if min(in_features, out_features) < _SMALLEST:
+        return Capability(False, f"cuSPARSELt is used from {_SMALLEST} features up")
+    return Capability(True, "cuSPARSELt")
+
+
+def compress(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Return the library's form of a packed weight: its values, and the metadata that follow them in memory.
 
     Args:
-        packed (`PackedWeight`): values (N, K/2) in float16, bfloat16 or int8.
+        packed (`PackedWeight`): (N, K/2) values on a GPU in a dtype and shape that `cusparselt_capability` takes.
+
+    Returns:
+        `tuple[Tensor, Tensor]`: the values of format 1, and the metadata as bytes, two views of one buffer.
     """
-    dense = scatter_values(packed.weight, packed.weight_indices)
-    return torch._cslt_compress(dense).flatten().view(torch.uint8)
+    # The library drops zeros that format 1 keeps, so its metadata are made from ones in their places.
+    ones = scatter_values(torch.ones_like(packed.weight, dtype=torch.float32), packed.weight_indices)
+    buffer = torch._cslt_compress(ones.to(packed.weight.dtype)).flatten().view(torch.uint8)
+    size = packed.weight.nbytes
+    values = buffer[:size].view(packed.weight.dtype).view_as(packed.weight)
+    values.copy_(packed.weight)
+    return values, buffer[size:]
 
 
-def matmul(input: Tensor, weight: Tensor, weight_scale: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def is_compressed(weight: Tensor, metadata: Tensor) -> bool:
+    """Tell whether metadata follow the values in memory, as `compress` returned them."""
+    return metadata.ndim == 1 and metadata.data_ptr() == weight.data_ptr() + weight.nbytes
+
+
+def matmul(
+    input: Tensor, weight: Tensor, metadata: Tensor, weight_scale: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     """Return input @ unpacked(weight).T, with int8 times the scale of each output, in `out_dtype`.
 
     Args:
         input (`Tensor`): (M, K) in the dtype of the weight; rows behind the last are read where the memory is there.
-        weight (`Tensor`): (N, K/2), the view of the beginning of a buffer that `compress` made.
+        weight, metadata (`Tensor`): (N, K/2) and bytes, as `compress` returned them.
         weight_scale (`Tensor`, *optional*): (N,) float32, with int8.
         out_dtype (`torch.dtype`): float16 or bfloat16; that of the weight, if it is one of them.
     """
     tokens, features = input.shape
-    padded = -(-tokens // ROWS[weight.dtype]) * ROWS[weight.dtype]
-    out = torch.empty(padded, weight.shape[0], dtype=out_dtype, device=input.device)
+    rows = ROWS[weight.dtype]
+    padded = -(-tokens // rows) * rows
     if not tokens:
-        return out[:tokens]
+        return input.new_empty(0, weight.shape[0], dtype=out_dtype)
+    input = _with_rows(input, padded)
+    if not has_nvmath():
+        return _matmul_of_torch(input, weight, metadata, weight_scale, out_dtype, padded)[:tokens]
+    out = torch.empty(padded, weight.shape[0], dtype=out_dtype, device=input.device)
+    device = input.device.index
     problem = Problem(weight.shape[0], features, padded, weight.dtype, out_dtype)
-    with torch.cuda.device(input.device):
-        _thread.library(input.device).run(problem, _with_rows(input, padded), weight, weight_scale, out)
+    operands = Operands(input, weight, weight_scale, out)
+    if torch._C._cuda_getDevice() == device:
+        _library(device).run(problem, operands)
+    else:
+        with torch.cuda.device(device):
+            _library(device).run(problem, operands)
     return out[:tokens]
 
 
+def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, device: torch.device) -> Choice:
+    """Search the fastest algorithm for products of about this size, if it is not known yet, and return it.
+
+    Args:
+        out_features, in_features (`int`): N and K, which `cusparselt_capability` takes.
+        dtype (`torch.dtype`): of the values; float16 and bfloat16 also of the result, which else is bfloat16.
+        tokens (`int`): M.
+        device (`torch.device`): a GPU.
+    """
+    out_dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
+    weight = prune_2to4(torch.randn(out_features, in_features, device=device)).to(dtype)
+    values, metadata = compress(pack_weight(weight))
+    scale = torch.ones(out_features, device=device) if dtype == torch.int8 else None
+    rows = -(-tokens // ROWS[dtype]) * ROWS[dtype]
+    matmul(torch.randn(rows, in_features, device=device).to(dtype), values, metadata, scale, out_dtype)
+    return _library(values.device.index).choice(Problem(out_features, in_features, rows, dtype, out_dtype))
+
+
 def _with_rows(input: Tensor, rows: int) -> Tensor:
-    """Return a contiguous input behind which there is memory up to a number of rows."""
-    room = input.untyped_storage().nbytes() // input.element_size() - input.storage_offset()
-    if input.is_contiguous() and room >= rows * input.shape[1]:
+    """Return a contiguous, aligned input behind which there is memory up to a number of rows."""
+    room = input.untyped_storage().nbytes() // input.itemsize - input.storage_offset()
+    if input.is_contiguous() and room >= rows * input.shape[1] and input.data_ptr() % 16 == 0:
         return input
     padded = input.new_empty(rows, input.shape[1])
     padded[: len(input)] = input
     return padded
 
 
-class Plan:
-    """A product that the library is ready to run.
-
-    Args:
-        library (`Library`): of the device.
-        problem (`Problem`): what is to be multiplied.
-        algorithm, split_k (`int`): how; the library refuses some by raising.
-    """
-
-    def __init__(self, library: "Library", problem: Problem, algorithm: int, split_k: int) -> None:
-        self._lt, self._handle = library.lt, library.handle
-        self._destroy: list[tuple[Any, int]] = []
-        try:
-            self._descriptor = self._describe(problem)
-            self._selection = self._own(
-                self._lt.matmul_alg_selection_init(self._handle, self._descriptor, int(self._lt.MatmulAlg.DEFAULT)),
-                self._lt.matmul_alg_selection_destroy,
-            )
-            self._set(self._lt.MatmulAlgAttribute.CONFIG_ID, algorithm)
-            if split_k > 1:
-                self._set(self._lt.MatmulAlgAttribute.SPLIT_K, split_k)
-            self.plan = self._own(
-                self._lt.matmul_plan_init(self._handle, self._descriptor, self._selection),
-                self._lt.matmul_plan_destroy,
-            )
-            self.workspace = int(self._lt.matmul_get_workspace(self._handle, self.plan))
-        except Exception:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Free what the library holds for the plan."""
-        while self._destroy:
-            destroy, pointer = self._destroy.pop()
-            destroy(pointer)
-
-    def __del__(self) -> None:
-        """Free what is left."""
-        self.close()
-
-    def largest_algorithm(self) -> int:
-        """Return the number that algorithms stay below."""
-        value = ctypes.c_int32()
-        self._lt.matmul_alg_get_attribute(
-            self._handle,
-            self._selection,
-            int(self._lt.MatmulAlgAttribute.CONFIG_MAX_ID),
-            ctypes.addressof(value),
-            ctypes.sizeof(value),
-        )
-        return value.value
-
-    def _describe(self, problem: Problem) -> int:
-        lt, value_type, out_type = self._lt, _CUDA_TYPES[problem.dtype], _CUDA_TYPES[problem.out_dtype]
-        weight = self._own(
-            lt.structured_descriptor_init(
-                self._handle,
-                problem.outputs,
-                problem.features,
-                problem.features,
-                _ALIGNMENT,
-                value_type,
-                _ROW_ORDER,
-                int(lt.Sparsity.SPARSITY_50_PERCENT),
-            ),
-            lt.mat_descriptor_destroy,
-        )
-        input_ = self._dense(problem.tokens, problem.features, problem.features, value_type, _ROW_ORDER)
-        out = self._dense(problem.outputs, problem.tokens, problem.outputs, out_type, _COLUMN_ORDER)
-        integer = problem.dtype == torch.int8
-        compute = lt.ComputeType.COMPUTE_32I if integer else lt.ComputeType.COMPUTE_32F
-        descriptor = self._own(
-            lt.matmul_descriptor_init(
-                self._handle, _NOT_TRANSPOSED, _TRANSPOSED, weight, input_, out, out, int(compute)
-            ),
-            lt.matmul_descriptor_destroy,
-        )
-        if integer:  # alpha has a value for each output
-            one = ctypes.c_int32(1)
-            attribute = int(lt.MatmulDescAttribute.ALPHA_VECTOR_SCALING)
-            lt.matmul_desc_set_attribute(
-                self._handle, descriptor, attribute, ctypes.addressof(one), ctypes.sizeof(one)
-            )
-        return descriptor
-
-    def _dense(self, rows: int, columns: int, stride: int, value_type: int, order: int) -> int:
-        lt = self._lt
-        descriptor = lt.dense_descriptor_init(self._handle, rows, columns, stride, _ALIGNMENT, value_type, order)
-        return self._own(descriptor, lt.mat_descriptor_destroy)
-
-    def _set(self, attribute: Any, value: int) -> None:
-        number = ctypes.c_int32(value)
-        self._lt.matmul_alg_set_attribute(
-            self._handle, self._selection, int(attribute), ctypes.addressof(number), ctypes.sizeof(number)
-        )
-
-    def _own(self, pointer: int, destroy: Any) -> int:
-        self._destroy.append((destroy, pointer))
-        return pointer
+def _library(device: int) -> Library:
+    with _opening:
+        return _open(device)
 
 
-class Library:
-    """The library on one device, for one thread: its handle, its plans and a workspace for each stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        from nvmath.bindings import cusparseLt
-
-        self.lt, self.device = cusparseLt, device
-        self.handle = cusparseLt.init()
-        self._plans: dict[Problem, Plan] = {}
-        self._workspaces: dict[int, Tensor] = {}
-        self._one, self._zero = ctypes.c_float(1), ctypes.c_float(0)
-        version = cusparseLt.get_version(self.handle)
-        self._machine = f"{torch.cuda.get_device_name(device)}, cuSPARSELt {version}"
-
-    def run(self, problem: Problem, input: Tensor, weight: Tensor, weight_scale: Tensor | None, out: Tensor) -> None:
-        """Run a problem on the current stream; the first time, make a plan for it."""
-        plan = self._plans.get(problem)
-        if plan is None:
-            plan = self._plans[problem] = self._best_plan(problem, input, weight, weight_scale, out)
-        self._launch(plan, input, weight, weight_scale, out)
-
-    def _launch(self, plan: Plan, input: Tensor, weight: Tensor, weight_scale: Tensor | None, out: Tensor) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        streams = (ctypes.c_void_p * 1)(stream)
-        self.lt.matmul(
-            self.handle,
-            plan.plan,
-            ctypes.addressof(self._one) if weight_scale is None else weight_scale.data_ptr(),
-            weight.data_ptr(),
-            input.data_ptr(),
-            ctypes.addressof(self._zero),
-            out.data_ptr(),
-            out.data_ptr(),
-            self._workspace(plan.workspace, stream),
-            ctypes.addressof(streams),
-            len(streams),
-        )
-
-    def _workspace(self, size: int, stream: int) -> int:
-        if not size:
-            return 0
-        known = self._workspaces.get(stream)
-        if known is None or known.numel() < size:
-            known = self._workspaces[stream] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        return known.data_ptr()
-
-    def _best_plan(
-        self, problem: Problem, input: Tensor, weight: Tensor, weight_scale: Tensor | None, out: Tensor
-    ) -> Plan:
-        dtypes = f"{str(problem.dtype)[6:]} to {str(problem.out_dtype)[6:]}"
-        key = f"{self._machine}, {dtypes}, {problem.outputs}x{problem.features}, {bucket(problem.tokens)} tokens"
-
-        def measure(algorithm: int, split_k: int) -> float:
-            try:
-                plan = Plan(self, problem, algorithm, split_k)
-                return self._microseconds(plan, input, weight, weight_scale, out)
-            except self.lt.cuSPARSELtError:
-                return float("inf")
-
-        if torch.cuda.is_current_stream_capturing():
-            known = choices.known(key)
-            algorithm, split_k = (known.algorithm, known.split_k) if known else (0, 1)
-        else:
-            algorithm, split_k, _ = choices.find(key, lambda: self._candidates(problem), measure)
-        return Plan(self, problem, algorithm, split_k)
-
-    def _candidates(self, problem: Problem) -> Iterator[tuple[int, int]]:
-        plan = Plan(self, problem, 0, 1)
-        for algorithm in range(plan.largest_algorithm()):
-            for split_k in _SPLITS:
-                yield algorithm, split_k
-
-    def _microseconds(
-        self, plan: Plan, input: Tensor, weight: Tensor, weight_scale: Tensor | None, out: Tensor
-    ) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_WARM_UPS):
-            self._launch(plan, input, weight, weight_scale, out)
-        start.record()
-        for _ in range(_TIMED):
-            self._launch(plan, input, weight, weight_scale, out)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000 / _TIMED
+@functools.cache
+def _open(device: int) -> Library:
+    return Library(device)
 
 
-class _Thread(threading.local):
-    """The libraries that a thread has opened, one a device."""
-
-    def __init__(self) -> None:
-        self._libraries: dict[torch.device, Library] = {}
-
-    def library(self, device: torch.device) -> Library:
-        if device not in self._libraries:
-            self._libraries[device] = Library(device)
-        return self._libraries[device]
-
-
-_thread = _Thread()
+def _matmul_of_torch(
+    input: Tensor, weight: Tensor, metadata: Tensor, alpha: Tensor | None, out_dtype: torch.dtype, rows: int
+) -> Tensor:
+    logger.warning_once(
+        "nvmath-python is not installed: 2:4 products go through torch, which takes 0.4 to 0.7 ms of the host for "
+        "each and an algorithm that is no faster than dense. pip install nvmath-python makes them fast."
+    )
+    outputs, width = weight.shape
+    width += metadata.nbytes // weight.itemsize // outputs
+    buffer = weight.as_strided((outputs, width), (width, 1))  # the values and what follows them
+    input = input.as_strided((rows, input.shape[1]), (input.shape[1], 1))
+    integer_or_fp8 = out_dtype if weight.itemsize == 1 else None
+    return torch._cslt_sparse_mm(buffer, input.t(), alpha=alpha, out_dtype=integer_or_fp8, transpose_result=True)

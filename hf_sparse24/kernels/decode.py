@@ -6,18 +6,16 @@ With few tokens a projection takes as long as its weights take to read: 1.125 by
 torch brings along, compiles it at its first use, in half a second.
 """
 
-import ctypes
 import functools
-from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse24.capability import Capability
+from hf_sparse24.kernels.nvrtc import device_capability, launch, load
 
 MOST_TOKENS = 64
-_WARPS = 8
 _ALIGNMENT = 16  # bytes, of what a lane reads at once
 _DTYPES = (torch.float16, torch.bfloat16)
 _VALUES_OF_A_CHUNK = 64  # bytes of a row that four lanes read at once
@@ -62,14 +60,12 @@ def few_tokens_linear(
     tokens, outputs = len(rows), weight.shape[0]
     result = torch.empty(*input.shape[:-1], outputs, dtype=input.dtype, device=input.device)
     if tokens and outputs:
-        row_tiles, token_tiles = tiles(tokens, outputs)
-        with torch.cuda.device(input.device):
-            kernel = _kernel(
-                input.dtype, weight.dtype, row_tiles, token_tiles, torch.cuda.get_device_capability(input.device)
-            )
-            grid = (-(-outputs // (16 * row_tiles)), -(-tokens // (8 * token_tiles)))
-            tensors = (rows, weight, weight_indices, weight_scale, bias, result)
-            _launch(kernel, grid, tensors, (tokens, outputs, rows.shape[1]))
+        device, (row_tiles, token_tiles, warps) = input.device.index, tiles(tokens, outputs)
+        kernel = _kernel(input.dtype, weight.dtype, row_tiles, token_tiles, warps, device_capability(device))
+        grid = (-(-outputs // (16 * row_tiles)), -(-tokens // (8 * token_tiles)))
+        tensors = (rows, weight, weight_indices, weight_scale, bias, result)
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        launch(kernel, grid, 32 * warps, (*pointers, tokens, outputs, rows.shape[1]), device)
     return result
 
 
@@ -90,53 +86,29 @@ def _check_operands(input: Tensor, weight: Tensor, *others: Tensor | None) -> No
             )
 
 
-def tiles(tokens: int, outputs: int) -> tuple[int, int]:
-    """Return how many tiles of 16 rows and of 8 tokens a block computes.
+def tiles(tokens: int, outputs: int) -> tuple[int, int, int]:
+    """Return how many tiles of 16 rows and of 8 tokens a block computes, and with how many warps.
 
-    More rows a block read the activations less often; fewer give every multiprocessor a block.
+    More rows a block read the activations less often; fewer, and more warps, give every multiprocessor enough to read.
     """
     token_tiles = next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= min(tokens, MOST_TOKENS))
-    row_tiles = 4 if token_tiles < 8 and outputs >= 16384 else 2
-    return (row_tiles if outputs >= 8192 else 1), token_tiles
+    many_rows = outputs >= 16384
+    return (
+        (4 if token_tiles >= 4 and many_rows else 2 if token_tiles >= 4 or many_rows else 1),
+        token_tiles,
+        (4 if many_rows else 8),
+    )
 
 
 @functools.cache
-def _kernel(
-    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, capability: tuple[int, int]
-) -> Any:
+def _kernel(dtype: torch.dtype, value_dtype: torch.dtype, *shape: Any) -> Any:
     """Return the kernel for one shape of blocks, which serves every device of a compute capability."""
-    from cuda.bindings import driver
-
-    binary = _compile(definitions(dtype, value_dtype, row_tiles, token_tiles), capability)
-    (library,) = _checked(driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0))
-    (kernel,) = _checked(driver.cuLibraryGetKernel(library, b"few_tokens_linear"))
-    return driver.CUfunction(int(kernel))
-
-
-def _compile(names: dict[str, int], capability: tuple[int, int]) -> bytes:
-    """Return machine code for `decode.cu`."""
-    from cuda.bindings import nvrtc  # comes with torch's CUDA builds
-
-    source = resources.files(__package__).joinpath("decode.cu").read_bytes()
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
-    options += [f"-D{name}={value}" for name, value in names.items()]
-    encoded = [option.encode() for option in options]
-    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, b"decode.cu", 0, [], []))
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    if int(status):
-        (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        log = b" " * size
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"NVRTC cannot compile decode.cu with {options}: {log.decode()}")
-    (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
-    binary = b" " * size  # which the binding writes to
-    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return binary
+    *block, capability = shape
+    return load("decode.cu", "few_tokens_linear", definitions(dtype, value_dtype, *block), capability)
 
 
 def definitions(
-    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, warps: int = _WARPS
+    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, warps: int
 ) -> dict[str, int]:
     """Return what `decode.cu` wants to be defined."""
     return {
@@ -147,20 +119,3 @@ def definitions(
         "TOKEN_TILES": token_tiles,
         "WARPS": warps,
     }
-
-
-def _launch(kernel: Any, grid: tuple[int, int], tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-    from cuda.bindings import driver
-
-    pointers = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    types = (ctypes.c_void_p,) * len(pointers) + (ctypes.c_int,) * len(sizes)
-    stream = torch.cuda.current_stream().cuda_stream
-    _checked(driver.cuLaunchKernel(kernel, *grid, 1, 32 * _WARPS, 1, 1, 0, stream, ((*pointers, *sizes), types), 0))
-
-
-def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Raise `RuntimeError` for the status that a call of CUDA's begins with, or return the rest."""
-    status, *rest = result
-    if int(status):
-        raise RuntimeError(f"CUDA says {status!r}.")
-    return tuple(rest)

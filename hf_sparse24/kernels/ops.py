@@ -1,12 +1,16 @@
 """The operators of the package: the schema and the fake of each one, and nothing else.
 
 Shapes: `input` (..., K); `weight` (N, K/2) and `weight_indices` (N, ceil(K/8)) in format 1 (`hf_sparse24.packing`);
-`weight_scale` (N,) float32 exactly when `weight` is int8 or float8_e4m3fn; `bias` (N,) in the dtype of `input`.
+`weight_metadata` what a library on this device reads in place of the indices (`kernels.dispatch.prepare`), or None;
+`weight_scale` (N,) float32 exactly when `weight` is int8 or float8_e4m3fn; `bias` (N,) in the dtype of the result;
+`backend` as in `Sparse24Config`.
 
-- `linear`: input @ weight.T + bias in the dtype of `input`. With 8-bit weights the input is quantized per token on the
-  way (W8A8). Differentiable in `input` and `bias`; 8-bit rounding passes gradients straight through.
+- `linear`: input @ weight.T + bias in the dtype of `input`. With 8-bit weights and more than a few tokens the input is
+  quantized per token on the way (W8A8); few tokens on a GPU stay in 16 bits (W8A16). Differentiable in `input` and
+  `bias`; 8-bit rounding passes gradients straight through.
 - `quantize_per_token`: symmetric dynamic quantization of each row; scale (..., 1) float32.
-- `scaled_linear`: the W8A8 product of an input that `quantize_per_token` made, for siblings that share one.
+- `scaled_linear`: the W8A8 product of an input that `quantize_per_token` made, for siblings that share one. Without
+  `input_scale` (..., 1) that factor is left to the caller, in whose next operation it may be free.
 
 A backend registers kernels for these names with `torch.library.register_kernel`; `kernels.reference` is the default of
 every device and the oracle of every test.
@@ -15,12 +19,15 @@ every device and the oracle of every test.
 import torch
 from torch import Tensor
 
+_HOW = 'Tensor? weight_metadata=None, str backend="auto"'
 _SCHEMAS = {
-    "linear": "(Tensor input, Tensor weight, Tensor weight_indices, Tensor? weight_scale, Tensor? bias) -> Tensor",
+    "linear": (
+        f"(Tensor input, Tensor weight, Tensor weight_indices, Tensor? weight_scale, Tensor? bias, {_HOW}) -> Tensor"
+    ),
     "quantize_per_token": "(Tensor input, ScalarType dtype) -> (Tensor, Tensor)",
     "scaled_linear": (
-        "(Tensor input, Tensor input_scale, Tensor weight, Tensor weight_indices, Tensor weight_scale, Tensor? bias, "
-        "ScalarType out_dtype) -> Tensor"
+        "(Tensor input, Tensor? input_scale, Tensor weight, Tensor weight_indices, Tensor weight_scale, Tensor? bias, "
+        f"ScalarType out_dtype, {_HOW}) -> Tensor"
     ),
 }
 for _name, _schema in _SCHEMAS.items():
@@ -29,7 +36,13 @@ for _name, _schema in _SCHEMAS.items():
 
 @torch.library.register_fake("hf_sparse24::linear")
 def _(
-    input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     _check_operands(input, weight, weight_scale)
     torch._check(
@@ -47,12 +60,14 @@ def _(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("hf_sparse24::scaled_linear")
 def _(
     input: Tensor,
-    input_scale: Tensor,
+    input_scale: Tensor | None,
     weight: Tensor,
     weight_indices: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     _check_operands(input, weight, weight_scale)
     return input.new_empty(*input.shape[:-1], weight.shape[0], dtype=out_dtype)

@@ -1,21 +1,25 @@
-"""Dynamic quantization of activations, one pass over each token: `quantize_per_token` as a Triton kernel.
+"""Activations around an 8-bit product, one pass over memory each: quantized before it, scaled after it.
 
-A program reads one token, finds its largest magnitude and writes the token in 8 bits with its scale. The arithmetic is
-that of `kernels.reference`, to the bit: one division a token and one product a feature. The result has room for rows
-up to a multiple of 16 behind the last token, so that a kernel which needs such a number of rows finds them without a
-copy; what stands there is undefined.
+`quantize_per_token` finds the largest magnitude of each token and writes the token in 8 bits with its scale, to the
+bit as `kernels.reference` does: one division a token and one product a feature. The result has room for rows up to a
+multiple of 16 behind the last token, so that a product which needs such a number of rows finds them without a copy;
+what stands there is undefined. `scale_product_` applies what scales a library could not, in place.
 """
 
+import functools
+import struct
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from hf_sparse24.packing import LARGEST_VALUE, SMALLEST_TOKEN_SCALE
+from hf_sparse24.kernels.nvrtc import device_capability, launch, load
+from hf_sparse24.packing import SMALLEST_TOKEN_SCALE
 
 ROWS = 16  # of the tiles that 8-bit tensor cores take
-_LARGEST_BLOCK = 16384
-_TO_NEAREST = tl.constexpr(1.5 * 2**23)  # added to a float32 below 2^22 it leaves no bits behind the point
+_BYTES = 16  # that a thread reads at once
+_INPUTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
+_SMALLEST_BITS = struct.unpack("<I", struct.pack("<f", SMALLEST_TOKEN_SCALE))[0]
 
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -29,62 +33,75 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     rows = input.reshape(-1, features)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    count = len(rows)
-    quantized = torch.empty(triton.cdiv(count, ROWS) * ROWS, features, dtype=dtype, device=input.device)[:count]
+    tokens = len(rows)
+    quantized = torch.empty(-(-tokens // ROWS) * ROWS, features, dtype=dtype, device=input.device)[:tokens]
     scale = torch.empty(*leading, 1, dtype=torch.float32, device=input.device)
-    if count and features:
-        block = min(triton.next_power_of_2(features), _LARGEST_BLOCK)
-        _quantize_row[(count,)](
-            rows,
-            quantized,
-            scale,
-            rows.stride(0),
-            FEATURES=features,
-            LARGEST=LARGEST_VALUE[dtype],
-            SMALLEST=SMALLEST_TOKEN_SCALE,
-            IS_INTEGER=dtype == torch.int8,
-            BLOCK=block,
-            num_warps=min(16, max(1, block // 512)),
-            enable_fp_fusion=False,  # the product is rounded before it is rounded to an integer, as in the reference
-        )
+    if tokens and features:
+        device = input.device.index
+        width = _width(rows)
+        threads, vectors = block(features, width)
+        kernel = _quantize_token(rows.dtype, dtype, width, vectors, threads, device_capability(device))
+        pointers = (rows.data_ptr(), quantized.data_ptr(), scale.data_ptr())
+        launch(kernel, (tokens, 1), threads, (*pointers, rows.stride(0), features, _SMALLEST_BITS), device)
     return quantized.view(input.shape), scale
 
 
-@triton.jit
-def _quantize_row(
-    input_ptr,
-    output_ptr,
-    scale_ptr,
-    stride,
-    FEATURES: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    IS_INTEGER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.static_range(0, FEATURES, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(input_ptr + token * stride + column, mask=column < FEATURES, other=0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    top = tl.max(largest, 0)
-    scale = tl.div_rn(top, LARGEST)
-    scale = tl.where(scale < SMALLEST, 1.0, scale)
-    is_nan = tl.max((largest != largest).to(tl.int32), 0) > 0  # which a maximum need not keep
-    scale = tl.where(is_nan, float("nan"), scale)
-    tl.store(scale_ptr + token, scale)
-    inverse = tl.div_rn(1.0, scale)
-    for start in tl.static_range(0, FEATURES, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        if FEATURES > BLOCK:  # else the only block is still in registers
-            x = tl.load(input_ptr + token * stride + column, mask=column < FEATURES, other=0).to(tl.float32)
-        scaled = x * inverse
-        if IS_INTEGER:
-            scaled = (scaled + _TO_NEAREST) - _TO_NEAREST
-        scaled = tl.clamp(scaled, -LARGEST, LARGEST)
-        tl.store(
-            output_ptr + token * FEATURES + column,
-            scaled.to(output_ptr.dtype.element_ty),
-            mask=column < FEATURES,
-        )
+def scale_product_(
+    product: Tensor, token_scale: Tensor, weight_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return product * weight_scale * token_scale + bias in `dtype`, in the memory of the product.
+
+    Args:
+        product (`Tensor`): (M, N) bfloat16 on a GPU, contiguous, N divisible by 8.
+        token_scale (`Tensor`): M values in float32.
+        weight_scale (`Tensor`, *optional*): (N,) float32.
+        bias (`Tensor`, *optional*): (N,) in `dtype`.
+        dtype (`torch.dtype`): float16 or bfloat16.
+    """
+    tokens, outputs = product.shape
+    if tokens:
+        device, threads = product.device.index, 256
+        kernel = _scale_product(dtype, threads, device_capability(device))
+        optional = (0 if tensor is None else tensor.data_ptr() for tensor in (weight_scale, bias))
+        arguments = (product.data_ptr(), token_scale.data_ptr(), *optional, outputs)
+        launch(kernel, (tokens, -(-outputs // (8 * threads))), threads, arguments, device)
+    return product.view(dtype)
+
+
+def block(features: int, width: int) -> tuple[int, int]:
+    """Return the threads of a block and how many vectors of `width` elements each holds.
+
+    ```python
+    >>> block(4096, 8), block(14336, 8), block(40, 1)
+    ((256, 2), (512, 4), (32, 2))
+
+    ```
+    """
+    vectors = -(-features // width)
+    threads = next(threads for threads in (32, 64, 128, 256, 512, 1024) if vectors <= 2 * threads or threads == 512)
+    return threads, -(-vectors // threads)
+
+
+def definitions(dtype: torch.dtype, quantized: torch.dtype, width: int, vectors: int, threads: int) -> dict[str, int]:
+    """Return what `quantize_activations.cu` wants to be defined."""
+    is_fp8 = int(quantized == torch.float8_e4m3fn)
+    return {"INPUT": _INPUTS[dtype], "FP8": is_fp8, "WIDTH": width, "VECTORS": vectors, "THREADS": threads}
+
+
+def _width(rows: Tensor) -> int:
+    """Return how many elements a thread may read at once: 16 bytes of them where everything is aligned, else one."""
+    width = _BYTES // rows.itemsize
+    return width if rows.shape[1] % width == rows.stride(0) % width == rows.data_ptr() % _BYTES == 0 else 1
+
+
+@functools.cache
+def _quantize_token(dtype: torch.dtype, quantized: torch.dtype, *shape: Any) -> Any:
+    *sizes, capability = shape
+    names = definitions(dtype, quantized, *sizes)
+    return load("quantize_activations.cu", "quantize_token", names, capability)
+
+
+@functools.cache
+def _scale_product(dtype: torch.dtype, threads: int, capability: tuple[int, int]) -> Any:
+    names = definitions(dtype, torch.int8, 1, 1, threads)
+    return load("quantize_activations.cu", "scale_product", names, capability)

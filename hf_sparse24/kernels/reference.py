@@ -35,7 +35,13 @@ _UNPACKED = WeakTensorKeyDictionary()
 
 
 def linear(
-    input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+    input: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
     if weight_scale is None:
@@ -52,12 +58,14 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def scaled_linear(
     input: Tensor,
-    input_scale: Tensor,
+    input_scale: Tensor | None,
     weight: Tensor,
     weight_indices: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     out_dtype: torch.dtype,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias in `out_dtype`."""
     rows = input.reshape(-1, input.shape[-1])
@@ -66,7 +74,8 @@ def scaled_linear(
     else:
         compute = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
         product = F.linear(rows.to(compute), unpacked_once(weight, weight_indices, compute)).float()
-    scaled = product.mul_(weight_scale).view(*input.shape[:-1], weight.shape[0]).mul_(input_scale)
+    scaled = product.mul_(weight_scale).view(*input.shape[:-1], weight.shape[0])
+    scaled = scaled if input_scale is None else scaled.mul_(input_scale)
     return (scaled if bias is None else scaled.add_(bias)).to(out_dtype)
 
 
@@ -112,20 +121,21 @@ def _say_once(device_type: str) -> None:
 
 
 def _remember_operands(ctx, inputs, output) -> None:  # noqa: ANN001
-    _, weight, weight_indices, weight_scale, _ = inputs
+    _, weight, weight_indices, weight_scale, *_ = inputs
     ctx.save_for_backward(weight, weight_indices, weight_scale)
 
 
 def _input_gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
     """The packed weight is frozen: the input has a gradient, through the dequantized weight, and the bias."""
     weight, weight_indices, weight_scale = ctx.saved_tensors
-    bias_gradient = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] and grad.ndim > 1 else grad
-    if not ctx.needs_input_grad[0]:
-        return None, None, None, None, bias_gradient
+    needs_input, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    bias_gradient = (grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad) if needs_bias else None
+    if not needs_input:
+        return None, None, None, None, bias_gradient, None, None
     dense = scatter_values(weight, weight_indices).to(grad.dtype)
     if weight_scale is not None:
         dense = dense * weight_scale.unsqueeze(-1).to(grad.dtype)
-    return grad @ dense, None, None, None, bias_gradient if ctx.needs_input_grad[4] else None
+    return grad @ dense, None, None, None, bias_gradient, None, None
 
 
 for _operator in (linear, quantize_per_token, scaled_linear):

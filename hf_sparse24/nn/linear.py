@@ -3,16 +3,21 @@
 A module with plain tensors as its state rather than a tensor subclass: saving, sharding, offload, `deepcopy`,
 `torch.compile` and PEFT need nothing special. It is an `nn.Linear` so that code which looks for linear layers finds
 it, but its `weight` holds the kept values only, at half the width.
+
+On a GPU a library reads the weight in its own form (`kernels.dispatch.prepare`): `weight` becomes a view of the
+library's buffer, and `weight_metadata`, which is never saved, stands in place of the indices.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import hf_sparse24.kernels.reference  # noqa: F401  (registers the default kernels)
-from hf_sparse24.capability import resolve_backend
+from hf_sparse24.capability import check_backend
+from hf_sparse24.kernels import dispatch
+from hf_sparse24.nn.shared_input import SharedInput
 from hf_sparse24.packing import (
     QUANTIZED_DTYPES,
     PackedWeight,
@@ -20,6 +25,7 @@ from hf_sparse24.packing import (
     check_value_dtype,
     indices_width,
     pack_weight,
+    quantize_tokens,
     unpack_weight,
 )
 from hf_sparse24.pattern import bits_of, check_finite, check_in_features, check_present
@@ -34,7 +40,8 @@ class Sparse24Linear(nn.Linear):
         bias (`bool`): whether there is a bias.
         quantization (`str`, *optional*): `"int8"` or `"fp8"`: 8-bit values with a scale per output channel, inputs
             quantized per token at run time.
-        backend (`str`): `"auto"`, or a backend that must be able to run here.
+        backend (`str`): `"auto"`, the fastest for each number of tokens (`kernels.dispatch.choose`), or one that must
+            be able to run here (`capability.backend_capability`).
         device, dtype: of the parameters; with quantization `dtype` is that of the bias and of the dense weight.
 
     The state: `weight` (N, K/2), `weight_indices` (N, ceil(K/8)) uint8, `weight_scale` (N,) float32 with quantization,
@@ -60,7 +67,8 @@ class Sparse24Linear(nn.Linear):
             raise ValueError(f"quantization must be None or one of {sorted(QUANTIZED_DTYPES)}; got {quantization!r}.")
         self.in_features, self.out_features = in_features, out_features
         self.quantization = quantization
-        self.backend = resolve_backend(backend)
+        check_backend(backend)
+        self.backend = backend
         self._model_dtype = dtype or torch.get_default_dtype()
         self.source_class: type[nn.Module] = nn.Linear
         value_dtype = QUANTIZED_DTYPES[quantization] if quantization else self._model_dtype
@@ -70,6 +78,10 @@ class Sparse24Linear(nn.Linear):
         )
         scale = torch.empty(out_features, dtype=torch.float32, device=device) if quantization else None
         self.weight_scale = None if scale is None else _frozen(scale)
+        self.register_buffer("weight_metadata", None, persistent=False)
+        self._prepared: tuple[int, ...] | None = None  # the state of the weight that the metadata belong to
+        self._few_tokens = 0
+        self._shared_input: tuple[SharedInput, int] | None = None
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self._model_dtype, device=device))
@@ -125,6 +137,7 @@ class Sparse24Linear(nn.Linear):
             result.weight_scale = None if packed.weight_scale is None else _initialized(_frozen(packed.weight_scale))
         if linear.bias is not None:
             result.bias = linear.bias
+        result.prepare_()
         return result
 
     def to_linear(self) -> nn.Module:
@@ -169,7 +182,81 @@ class Sparse24Linear(nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             with torch.autocast(input.device.type, enabled=False):
                 return self.forward(input.to(self.dense_dtype))
-        return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)
+        bias = self.bias
+        if not input.is_cuda or (
+            torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+        ):
+            how = (self._current_metadata(), self.backend)
+            return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, bias, *how)
+        return self._without_gradients(input)
+
+    def _without_gradients(self, input: Tensor) -> Tensor:
+        """Run on a GPU: called directly where nobody traces, since the dispatcher costs as much as a launch."""
+        compiling = torch.compiler.is_compiling()
+        run = torch.ops.hf_sparse24 if compiling or type(input) is not Tensor else dispatch
+        metadata = self._current_metadata()
+        weight = (self.weight, self.weight_indices, self.weight_scale)
+        how = (metadata, self.backend)
+        few = input.numel() <= self._few_tokens * self.in_features
+        if self.quantization is None or metadata is None or few or input.dtype not in dispatch.ACTIVATIONS:
+            return run.linear(input, *weight, self.bias, *how)
+        if not compiling:
+            values, scale = self._quantized(input)
+            return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
+        # In plain torch, so that the compiler fuses the quantization with what made the input, makes that of siblings
+        # one, and applies the token's scale in what reads the result.
+        values, scale = quantize_tokens(input, self.weight.dtype)
+        if self.quantization != "int8":
+            return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
+        product = run.scaled_linear(values, None, *weight, None, torch.bfloat16, *how) * scale
+        return (product if self.bias is None else product + self.bias).to(input.dtype)
+
+    def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        if self._shared_input is None:
+            return dispatch.quantize_per_token(input, self.weight.dtype)
+        shared, number = self._shared_input
+        return shared.quantize(number, input, self.weight.dtype)
+
+    def share_input(self, shared: SharedInput, number: int) -> None:
+        """Quantize inputs together with siblings that are called with the same tensor, as one of them by number."""
+        self._shared_input = (shared, number)
+
+    @torch.no_grad()
+    def prepare_(self) -> None:
+        """Make what the kernels of the weight's device read in place of the indices; on a CPU that is nothing.
+
+        Loading, packing and moving call it, and a forward where the weight was written to since.
+
+        Raises:
+            `ValueError`: the backend that was named does not take this weight.
+        """
+        self.weight_metadata, self._prepared = None, None
+        if not self.weight.is_cuda:
+            return
+        with torch.inference_mode(False):
+            prepared = dispatch.prepare(self.packed, self.backend)
+        self.weight.data, self.weight_metadata = prepared.weight, prepared.metadata
+        self._few_tokens = prepared.few_tokens
+        self._prepared = self._state()
+
+    def _current_metadata(self) -> Tensor | None:
+        """Return the metadata, made anew where the weight is not the one that they were made from."""
+        if torch.compiler.is_compiling() or not self.weight.is_cuda:
+            return self.weight_metadata
+        if self._prepared != self._state():
+            if getattr(getattr(self, "_hf_hook", None), "offload", False):
+                return None  # the weight is here for this call only
+            self.prepare_()
+        return self.weight_metadata
+
+    def _state(self) -> tuple[int, ...]:
+        indices = self.weight_indices
+        return self.weight.data_ptr(), indices.data_ptr(), 0 if indices.is_inference() else indices._version
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Make the metadata of what was loaded at once: compiled code does not look."""
+        super()._load_from_state_dict(*args)
+        self.prepare_()
 
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and its quantization."""
@@ -186,8 +273,10 @@ class Sparse24Linear(nn.Linear):
                 check_value_dtype(result.dtype, "what this layer is cast to")
             return result
 
+        self.weight_metadata, self._prepared = None, None
         super()._apply(moved, recurse)
         self._model_dtype = fn(torch.empty(0, dtype=self._model_dtype, device=self.weight.device)).dtype
+        self.prepare_()
         return self
 
 

@@ -1,4 +1,56 @@
 #include "emulated_gpu.h"
+
+#if HALF
+static float to_float(uint16_t bits) { return from_half(bits); }
+static uint16_t to_half(float value) { return to_float16(value); }
+#else
+static float to_float(uint16_t bits) { return float_of((uint32_t)bits << 16); }
+static uint16_t to_half(float value) { return to_bfloat(value); }
+#endif
+
+static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        double exact = (double)to_float(a >> shift) * to_float(b >> shift) + to_float(c >> shift);
+        result |= (uint32_t)to_half(exact) << shift;
+    }
+    return result;
+}
+
+template <int WORDS>
+static void load_words(const unsigned char *from, uint32_t (&to)[WORDS]) {
+    memcpy(to, from, sizeof to);
+}
+static void load_once(const void *from, uint32_t (&to)[4]) { memcpy(to, from, sizeof to); }
+
+// mma.sp::ordered_metadata.m16n8k32 with 16-bit operands: lane 4 g + t has the pairs of slots t and 4 + t of rows g and
+// g + 8 of A; places 2 t, 2 t + 1 of column g of B, eight further for each register; columns 2 t, 2 t + 1 of rows g and
+// g + 8 of D. Lanes 2 SELECTOR and 2 SELECTOR + 1 of a quad have the nibbles of slots 0 to 3 and 4 to 7, row g in the
+// lower half.
+template <int SELECTOR>
+static void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+    auto &warp = exchanged[threadIdx.x / 32];
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    memcpy(warp[lane], a, sizeof a);
+    memcpy(warp[lane] + 4, b, sizeof b);
+    warp[lane][8] = metadata;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        int lower_row = i / 2, column = 2 * t + i % 2;
+        for (int slot = 0; slot < 8; ++slot) {
+            uint32_t nibbles = warp[4 * g + 2 * SELECTOR + slot / 4][8] >> 16 * lower_row;
+            uint32_t nibble = nibbles >> 4 * (slot % 4) & 15, pair = warp[4 * g + slot % 4][slot / 4 * 2 + lower_row];
+            if ((nibble & 3) >= nibble >> 2) d[i] = __builtin_nanf("");  // not ordered: undefined
+            for (int value = 0; value < 2; ++value) {
+                int place = 4 * slot + (value ? nibble >> 2 : nibble & 3);
+                uint32_t other = warp[4 * column + place % 8 / 2][4 + place / 8];
+                d[i] += to_float(pair >> 16 * value) * to_float(other >> 16 * (place % 2));
+            }
+        }
+    }
+    __syncwarp();
+}
+
 #include "decode.cu"
 
 extern "C" void run(int width, int height, const u16 *x, const u8 *values, const u8 *indices, const float *scale,

@@ -1,35 +1,31 @@
-"""cuSPARSELt on a GPU against float64."""
+"""cuSPARSELt on a GPU against float64; kept plans; choices that the library refuses for other numbers of tokens."""
 
 import threading
 
 import pytest
 import torch
 
-from hf_sparse24.kernels import cusparselt
-from hf_sparse24.kernels.autotune import Choices
-from hf_sparse24.kernels.cusparselt import compress, matmul
+from hf_sparse24.kernels import cusparselt, cusparselt_plans
+from hf_sparse24.kernels.autotune import Choice, Choices, bucket
+from hf_sparse24.kernels.cusparselt import compress, cusparselt_capability, is_compressed, matmul
 from hf_sparse24.packing import pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
 
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(autouse=True)
 def its_own_choices(tmp_path, monkeypatch):
-    pytest.importorskip("nvmath.bindings.cusparseLt")
-    monkeypatch.setattr(cusparselt, "choices", Choices(tmp_path / "algorithms.json"))
+    monkeypatch.setattr(cusparselt_plans, "choices", Choices(tmp_path / "algorithms.json"))
+    cusparselt._open.cache_clear()
 
 
 def operands(tokens, outputs, features, dtype, integer):
     weight = prune_2to4(torch.randn(outputs, features, device="cuda").to(dtype))
     packed = pack_weight(weight, "int8" if integer else None)
-    buffer = compress(packed)
-    values = buffer[: packed.weight.nbytes].view(packed.weight.dtype).view_as(packed.weight)
     x = torch.randn(tokens, features, device="cuda")
     x = (x * 30).round().clamp(-127, 127).to(torch.int8) if integer else x.to(dtype)
-    return x, packed._replace(weight=values), packed
+    return x, packed, *compress(packed)
 
 
 def check(result, x, packed, dtype):
@@ -39,52 +35,76 @@ def check(result, x, packed, dtype):
     assert ((result.double() - exact).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("integer", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("tokens", "outputs", "features"), [(0, 32, 32), (1, 32, 32), (7, 64, 96), (17, 4096, 576), (4097, 256, 512)]
-)
-def test_equals_the_product_in_float64(tokens, outputs, features, dtype, integer):
-    x, operand, packed = operands(tokens, outputs, features, dtype, integer)
-    assert torch.equal(operand.weight, packed.weight)  # the buffer begins with the portable values
-    for _ in range(2):  # as tuned, and from the plan that was kept
-        check(matmul(x, operand.weight, operand.weight_scale, dtype), x, packed, dtype)
+def test_what_the_library_takes():
+    assert cusparselt_capability(torch.bfloat16, 128, 144).ok
+    assert cusparselt_capability(torch.int8, 160, 128).ok
+    for arguments, reason in {
+        (torch.float32, 128, 128): "not float32",
+        (torch.int8, 144, 128): "divisible by 32",
+        (torch.bfloat16, 128, 136): "divisible by 16",
+        (torch.float16, 64, 128): "from 128 features",
+    }.items():
+        capability = cusparselt_capability(*arguments)
+        assert not capability.ok
+        assert reason in capability.reason
 
 
-def test_what_stands_behind_the_last_token_has_no_part():
-    x, operand, packed = operands(17, 64, 64, torch.bfloat16, False)
-    room = torch.full((24, 64), torch.nan, dtype=x.dtype, device="cuda")
-    room[:17] = x
-    check(matmul(room[:17], operand.weight, None, torch.bfloat16), x, packed, torch.bfloat16)
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize("integer", [False, True])
+    @pytest.mark.parametrize("dtype", list(EPSILON))
+    @pytest.mark.parametrize(
+        ("tokens", "outputs", "features"), [(1, 128, 128), (7, 160, 192), (17, 4096, 576), (4097, 256, 512)]
+    )
+    def test_equals_the_product_in_float64(self, tokens, outputs, features, dtype, integer):
+        x, packed, values, metadata = operands(tokens, outputs, features, dtype, integer)
+        assert torch.equal(values, packed.weight)
+        assert is_compressed(values, metadata)
+        for _ in range(2):  # as tuned, and from the plan that was kept
+            check(matmul(x, values, metadata, packed.weight_scale, dtype), x, packed, dtype)
 
+    def test_what_stands_behind_the_last_token_has_no_part(self):
+        x, packed, values, metadata = operands(17, 128, 128, torch.bfloat16, False)
+        room = torch.full((24, 128), torch.nan, dtype=x.dtype, device="cuda")
+        room[:17] = x
+        check(matmul(room[:17], values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
 
-def test_a_cuda_graph_and_another_stream():
-    x, operand, packed = operands(64, 256, 256, torch.bfloat16, False)
-    expected = matmul(x, operand.weight, None, torch.bfloat16)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert torch.equal(matmul(x, operand.weight, None, torch.bfloat16), expected)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = matmul(x, operand.weight, None, torch.bfloat16)
-    x.add_(1)
-    graph.replay()
-    check(result, x, packed, torch.bfloat16)
+    @pytest.mark.parametrize("integer", [False, True])
+    def test_without_nvmath_torch_runs_it(self, integer, monkeypatch):
+        monkeypatch.setattr(cusparselt, "has_nvmath", lambda: False)
+        x, packed, values, metadata = operands(17, 128, 256, torch.bfloat16, integer)
+        check(matmul(x, values, metadata, packed.weight_scale, torch.bfloat16), x, packed, torch.bfloat16)
 
+    def test_threads_share_plans(self):
+        x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
+        results = []
 
-def test_threads_have_their_own_plans():
-    x, operand, packed = operands(64, 256, 256, torch.bfloat16, False)
-    results = []
+        def run():
+            results.extend(matmul(x, values, metadata, None, torch.bfloat16) for _ in range(20))
+            torch.cuda.synchronize()
 
-    def run():
-        results.extend(matmul(x, operand.weight, None, torch.bfloat16) for _ in range(20))
-        torch.cuda.synchronize()
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 80
+        for result in results:
+            check(result, x, packed, torch.bfloat16)
+        assert len(cusparselt._open(0)._plans) == 1
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 80
-    for result in results:
-        check(result, x, packed, torch.bfloat16)
+    def test_plans_are_bounded(self, monkeypatch):
+        monkeypatch.setattr(cusparselt_plans, "_KEPT", 2)
+        for tokens in (8, 16, 24, 32):
+            x, packed, values, metadata = operands(tokens, 128, 128, torch.bfloat16, False)
+            check(matmul(x, values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
+        assert [problem.tokens for problem in cusparselt._open(0)._plans] == [24, 32]
+
+    def test_a_choice_that_the_library_refuses_is_searched_anew(self):
+        x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
+        library = cusparselt._open(0)
+        problem = cusparselt_plans.Problem(256, 256, 64, torch.bfloat16, torch.bfloat16)
+        key = library._key(problem, bucket(64))
+        cusparselt_plans.choices.find(key, lambda: [(10**6, 1)], lambda *_: 1.0)
+        check(matmul(x, values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
+        assert isinstance(cusparselt_plans.choices.known(key), Choice)

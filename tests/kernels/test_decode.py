@@ -1,51 +1,37 @@
 """`decode.cu` against float64: on a GPU as NVRTC compiles it, else on an emulated one, as the C++ compiler does."""
 
-import ctypes
-import functools
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 
-import hf_sparse24.kernels
 from hf_sparse24.kernels import decode
 from hf_sparse24.kernels.decode import columns_of_a_chunk, decode_capability, definitions, few_tokens_linear, tiles
 from hf_sparse24.packing import QUANTIZED_DTYPES, pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
+
+from .emulation import address, emulator
 
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(EPSILON)
 QUANTIZATIONS = [None, "int8", "fp8"]
 
 
-@functools.cache
-def emulator(**names):
-    """Compile decode.cu for an emulated GPU with a block of one shape."""
-    if shutil.which("g++") is None:
-        pytest.skip("no GPU, and no g++ to emulate one")
-    here, folder = Path(__file__).parent, Path(tempfile.mkdtemp())
-    library = folder / "decode.so"
-    command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-o", library, here / "emulated_decode.cpp"]
-    command += ["-I", Path(hf_sparse24.kernels.__path__[0]), *(f"-D{name}={value}" for name, value in names.items())]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(library).run
-
-
 def product(x, packed, bias=None, block=None, warps=2):
     """Run the kernel with a block of (row tiles, token tiles), by default the one it would take."""
-    block = block or tiles(len(x), packed.weight.shape[0])
+    block = block or tiles(len(x), packed.weight.shape[0])[:2]
     if x.is_cuda:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode, "tiles", lambda tokens, outputs: block)
+            patch.setattr(decode, "tiles", lambda tokens, outputs: (*block, warps))
             return few_tokens_linear(x, *packed, bias)
-    run = emulator(**definitions(x.dtype, packed.weight.dtype, *block, warps))
+    run = emulator("decode", **definitions(x.dtype, packed.weight.dtype, *block, warps)).run
     result = torch.full((len(x), packed.weight.shape[0]), torch.nan, dtype=x.dtype)
     tensors = (x, *packed, bias, result)
-    pointers = [None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    run(-(-result.shape[1] // (16 * block[0])), -(-len(x) // (8 * block[1])), *pointers, *result.shape, x.shape[1])
+    run(
+        -(-result.shape[1] // (16 * block[0])),
+        -(-len(x) // (8 * block[1])),
+        *map(address, tensors),
+        *result.shape,
+        x.shape[1],
+    )
     return result
 
 

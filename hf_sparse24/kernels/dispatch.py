@@ -1,0 +1,247 @@
+"""Which kernel runs a packed projection on a GPU, and the operators of `kernels.ops` for CUDA.
+
+`choose` decides, by what was measured (`benchmarks/results`):
+
+- up to `FEW_TOKENS` a projection takes as long as its weights take to read: the package's own kernel reads them once
+  and takes 16-bit activations, so that weights in 8 bits need no quantization of activations (W8A16);
+- from there on a library: torchao's kernel for FP8 on Hopper, else cuSPARSELt. With 8-bit weights the activations are
+  quantized before (W8A8);
+- what neither takes, and float32, runs as `kernels.reference` does, dense.
+
+A library reads a weight in a form of its own, made once by `prepare`: the values of format 1 as they are, and metadata
+in place of the indices.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_sparse24.capability import Capability, backend_capability
+from hf_sparse24.kernels import reference
+from hf_sparse24.packing import PackedWeight, dtype_name
+
+logger = logging.get_logger(__name__)
+
+FEW_TOKENS = {2: 64, 1: 16}  # by bytes of a value
+ACTIVATIONS = (torch.float16, torch.bfloat16)
+
+
+class Prepared(NamedTuple):
+    """A packed weight as GPU kernels want it.
+
+    The values are as they were, or a view of a library's buffer; `few_tokens` is up to how many tokens the package's
+    own kernel runs, which reads the indices instead of the metadata.
+    """
+
+    weight: Tensor
+    metadata: Tensor | None
+    few_tokens: int
+
+
+def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, backend: str) -> Capability:
+    """Tell whether a backend takes a packed weight on a GPU here.
+
+    Args:
+        value_dtype (`torch.dtype`): of the packed values.
+        out_features, in_features (`int`): N and K.
+        backend (`str`): a name, or "auto", which takes every weight.
+    """
+    if backend in ("auto", "reference"):
+        return Capability(True, "")
+    capability = backend_capability(backend)
+    if not capability.ok:
+        return capability
+    if backend == "cutlass":
+        from hf_sparse24.kernels.float8 import cutlass_capability
+
+        return cutlass_capability(value_dtype, out_features, in_features)
+    if backend == "cusparselt":
+        from hf_sparse24.kernels.cusparselt import cusparselt_capability
+
+        return cusparselt_capability(value_dtype, out_features, in_features)
+    from hf_sparse24.kernels.decode import decode_capability
+
+    dtype = value_dtype if value_dtype.itemsize == 2 else torch.bfloat16
+    return decode_capability(dtype, value_dtype, in_features)
+
+
+def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
+    """Make the form of a packed weight that a library on its device reads; nothing is made where none takes it.
+
+    Args:
+        packed (`PackedWeight`): two-dimensional, on a GPU.
+        backend (`str`): as in `Sparse24Config`.
+
+    Raises:
+        `ValueError`: the named backend does not take this weight.
+    """
+    weight, shape = packed.weight, (packed.weight.shape[0], 2 * packed.weight.shape[1])
+
+    def takes(name: str) -> Capability:
+        return takes_weight(weight.dtype, *shape, name)
+
+    if not takes(backend).ok:
+        raise ValueError(
+            f"backend={backend!r} does not take a {shape[0]} x {shape[1]} weight of {dtype_name(weight.dtype)}: "
+            f"{takes(backend).reason}."
+        )
+    few_tokens = FEW_TOKENS[weight.itemsize] if backend == "auto" and takes("nvrtc").ok else 0
+    if backend == "cutlass" or (backend == "auto" and takes("cutlass").ok):
+        from hf_sparse24.kernels.float8 import metadata_of
+
+        return Prepared(weight, metadata_of(packed), few_tokens)
+    if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
+        from hf_sparse24.kernels.cusparselt import compress
+
+        return Prepared(*compress(packed), few_tokens)
+    return Prepared(weight, None, few_tokens)
+
+
+def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | None, backend: str = "auto") -> str:
+    """Return the backend that runs a product: "nvrtc", "cutlass", "cusparselt" or "reference".
+
+    Args:
+        tokens (`int`): M.
+        dtype (`torch.dtype`): of the activations.
+        weight, metadata (`Tensor`): as `prepare` returned them.
+        backend (`str`): "auto", or what was asked for.
+    """
+    if backend == "reference" or dtype not in ACTIVATIONS:
+        return "reference"
+    few = metadata is None or tokens <= FEW_TOKENS[weight.itemsize]
+    if few and backend in ("auto", "nvrtc") and takes_weight(weight.dtype, *_shape(weight), "nvrtc").ok:
+        return "nvrtc"
+    if metadata is not None:
+        return "cutlass" if metadata.ndim == 2 else "cusparselt"
+    return "reference"
+
+
+def routes() -> dict[str, str]:
+    """Say for each kind of weight which kernels run it here with backend="auto", by the number of tokens.
+
+    ```python
+    >>> set(routes()) == {"16-bit", "int8", "fp8"}
+    True
+
+    ```
+    """
+    found = {}
+    for name, dtype in (("16-bit", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        few, shape = FEW_TOKENS[dtype.itemsize], (4096, 4096)  # which every kernel takes
+        many = next((b for b in ("cutlass", "cusparselt") if takes_weight(dtype, *shape, b).ok), "reference")
+        if takes_weight(dtype, *shape, "nvrtc").ok:
+            found[name] = "nvrtc" if many == "reference" else f"nvrtc up to {few} tokens, then {many}"
+        else:
+            found[name] = many
+    return found
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], 2 * weight.shape[1]
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
+    rows = input.reshape(-1, input.shape[-1])
+    kernel = choose(len(rows), input.dtype, weight, weight_metadata, backend)
+    if kernel == "nvrtc":
+        from hf_sparse24.kernels.decode import few_tokens_linear
+
+        return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
+    if kernel == "reference":
+        return reference.linear(input, weight, weight_indices, weight_scale, bias)
+    if weight_scale is not None:
+        values, scale = quantize_per_token(input, weight.dtype)
+        return scaled_linear(
+            values, scale, weight, weight_indices, weight_scale, bias, input.dtype, weight_metadata, backend
+        )
+    from hf_sparse24.kernels.cusparselt import matmul
+
+    if input.dtype != weight.dtype:
+        raise TypeError(f"the input is {dtype_name(input.dtype)}, the weight {dtype_name(weight.dtype)}")
+    out = matmul(rows, weight, weight_metadata, None, input.dtype)
+    return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], weight.shape[0])
+
+
+def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `input` (..., K) in int8 or float8_e4m3fn and its scale (..., 1) in float32."""
+    if not backend_capability("nvrtc").ok:
+        return reference.quantize_per_token(input, dtype)
+    from hf_sparse24.kernels import quantize_activations
+
+    return quantize_activations.quantize_per_token(input, dtype)
+
+
+def scaled_linear(
+    input: Tensor,
+    input_scale: Tensor | None,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias; the contract is in `kernels.ops`."""
+    if weight_metadata is None or out_dtype not in ACTIVATIONS or backend in ("reference", "nvrtc"):
+        return reference.scaled_linear(input, input_scale, weight, weight_indices, weight_scale, bias, out_dtype)
+    rows = input.reshape(-1, input.shape[-1])
+    run = _through_cutlass if weight_metadata.ndim == 2 else _through_cusparselt
+    out = run(rows, input_scale, weight, weight_metadata, weight_scale, bias, out_dtype)
+    return out.view(*input.shape[:-1], weight.shape[0])
+
+
+def _through_cutlass(
+    rows: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from hf_sparse24.kernels import float8
+
+    if not len(rows):
+        return rows.new_empty(0, weight.shape[0], dtype=dtype)
+    if scale is None:
+        scale = torch.ones(len(rows), device=rows.device)
+    return float8.scaled_linear(rows.contiguous(), scale, weight, metadata, weight_scale, bias, dtype)
+
+
+def _through_cusparselt(
+    rows: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """INT8 has the weight's scales in the product; the other scales and the bias are a second pass."""
+    from hf_sparse24.kernels.cusparselt import matmul
+    from hf_sparse24.kernels.quantize_activations import scale_product_
+
+    in_product = weight_scale if weight.dtype == torch.int8 else None
+    # In bfloat16 whatever the result: without the token's scale a sum can be beyond float16.
+    product = matmul(rows, weight, metadata, in_product, torch.bfloat16)
+    if scale is None and in_product is not None and bias is None and dtype == torch.bfloat16:
+        return product
+    if scale is None:
+        scale = torch.ones(len(rows), device=rows.device)
+    return scale_product_(product, scale, None if in_product is not None else weight_scale, bias, dtype)
+
+
+for _operator in (linear, quantize_per_token, scaled_linear):
+    torch.library.register_kernel(f"hf_sparse24::{_operator.__name__}", "cuda", _operator)

@@ -1,0 +1,64 @@
+"""FP8 2:4 products on Hopper through torchao's CUTLASS kernel, which has all scales and the bias in its epilogue.
+
+The operators are called as they are, on two dimensions: torchao's tensor subclass fails on (B, S, K) inputs. The
+values are those of format 1; only the kernel's metadata are made here.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_sparse24.capability import Capability, backend_capability
+from hf_sparse24.packing import PackedWeight, scatter_values
+
+_OUTPUTS, _INPUTS = 64, 128  # features come in multiples of these
+
+
+def cutlass_capability(value_dtype: torch.dtype, out_features: int, in_features: int) -> Capability:
+    """Tell whether the kernel can run here and takes a weight of this dtype and shape."""
+    if value_dtype != torch.float8_e4m3fn:
+        return Capability(False, "torchao's kernel is for FP8 alone")
+    capability = backend_capability("cutlass")
+    if not capability.ok:
+        return capability
+    if out_features % _OUTPUTS or in_features % _INPUTS:
+        return Capability(
+            False, f"torchao's FP8 kernel takes out_features divisible by {_OUTPUTS} and in_features by {_INPUTS}"
+        )
+    return _has_operator()
+
+
+def _has_operator() -> Capability:
+    import torchao  # noqa: F401  (registers the operators)
+
+    if not hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8"):
+        return Capability(False, "this torchao has no FP8 2:4 kernel; 0.18 has")
+    return Capability(True, "torchao's FP8 2:4 kernel")
+
+
+def metadata_of(packed: PackedWeight) -> Tensor:
+    """Return the kernel's metadata (N, K/8) of a packed FP8 weight on a GPU, bytes."""
+    # As for cuSPARSELt: from ones in the places of the values, since zeros would be dropped.
+    ones = scatter_values(torch.ones_like(packed.weight, dtype=torch.float32), packed.weight_indices)
+    return torch.ops.torchao.to_sparse_semi_structured_cutlass_sm9x_f8(ones.to(packed.weight.dtype))[1]
+
+
+def scaled_linear(
+    input: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias.
+
+    Args:
+        input (`Tensor`): (M, K) float8_e4m3fn, with M scales in float32.
+        weight, metadata, weight_scale: (N, K/2) float8_e4m3fn, (N, K/8) bytes, (N,) float32.
+        bias (`Tensor`, *optional*): (N,) in `out_dtype`.
+        out_dtype (`torch.dtype`): float16 or bfloat16.
+    """
+    return torch.ops.torchao.rowwise_scaled_linear_sparse_cutlass_f8f8(
+        input, input_scale.view(-1), weight, metadata, weight_scale, bias, out_dtype
+    )

@@ -1,0 +1,123 @@
+"""CUDA C++ on the user's machine: compiled by NVRTC at its first use, launched through the driver.
+
+Both libraries come with torch's CUDA builds, and so do their Python bindings (`cuda.bindings`): no compiler, no build
+step and no binary of ours. Compiling takes about half a second a kernel; launching 4 to 8 microseconds of the host,
+where Triton's launcher takes several times as long.
+"""
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+@functools.cache
+def device_capability(device: int) -> tuple[int, int]:
+    """Return the compute capability of a device."""
+    return torch.cuda.get_device_capability(device)
+
+
+def load(file: str, function: str, definitions: Mapping[str, int], capability: tuple[int, int]) -> Any:
+    """Compile a function of a `.cu` file of this folder and return its handle, which serves every such device.
+
+    Args:
+        file (`str`): its name.
+        function (`str`): its C name.
+        definitions (`Mapping[str, int]`): macros.
+        capability (`tuple[int, int]`): the compute capability to compile for.
+
+    Raises:
+        `RuntimeError`: NVRTC refuses the code; the message has its log.
+    """
+    from cuda.bindings import driver
+
+    (library,) = _checked(driver.cuLibraryLoadData(compile_cuda(file, definitions, capability), [], [], 0, [], [], 0))
+    (kernel,) = _checked(driver.cuLibraryGetKernel(library, function.encode()))
+    return driver.CUfunction(int(kernel))
+
+
+def compile_cuda(file: str, definitions: Mapping[str, int], capability: tuple[int, int]) -> bytes:
+    """Return the machine code of a `.cu` file of this folder."""
+    from cuda.bindings import nvrtc
+
+    source = resources.files(__package__).joinpath(file).read_bytes()
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
+    options += [f"-D{name}={value}" for name, value in definitions.items()]
+    encoded = [option.encode() for option in options]
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
+    if int(status):
+        (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        log = b" " * size
+        _checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"NVRTC cannot compile {file} with {options}: {log.decode()}")
+    (size,) = _checked(nvrtc.nvrtcGetCUBINSize(program))
+    binary = b" " * size  # which the binding writes to
+    _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    _checked(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+def allow_shared_memory(kernel: Any, size: int, device: int) -> None:
+    """Let a kernel ask for `size` bytes of dynamic shared memory on a device, more than the usual 48 KiB."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    with torch.cuda.device(device):
+        _checked(driver.cuFuncSetAttribute(kernel, attribute, size))
+
+
+def launch(
+    kernel: Any, grid: tuple[int, int], threads: int, arguments: Sequence[int], device: int, shared_memory: int = 0
+) -> None:
+    """Launch a kernel on torch's current stream of a device.
+
+    Args:
+        kernel: as `load` returns it.
+        grid (`tuple[int, int]`), threads (`int`): blocks, and threads of a block.
+        arguments (`Sequence[int]`): addresses and 32-bit integers, in the order of the kernel's parameters.
+        device (`int`): its number.
+        shared_memory (`int`): dynamic shared memory of a block, bytes.
+    """
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            launch(kernel, grid, threads, arguments, device, shared_memory)
+        return
+    count = len(arguments)
+    values = (ctypes.c_uint64 * count)(*arguments)  # little-endian: an int stands in the first four of eight bytes
+    first = ctypes.addressof(values)
+    addresses = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    call = (kernel, *grid, 1, threads, 1, 1, shared_memory, stream, ctypes.addressof(addresses), 0)
+    (status,) = _driver().cuLaunchKernel(*call)
+    if int(status) == _INVALID_CONTEXT:  # the first call of CUDA's in this thread
+        _make_current(device)
+        (status,) = _driver().cuLaunchKernel(*call)
+    if int(status):
+        raise RuntimeError(f"CUDA cannot launch a kernel: {status!r}.")
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _make_current(device: int) -> None:
+    (number,) = _checked(_driver().cuDeviceGet(device))
+    (context,) = _checked(_driver().cuDevicePrimaryCtxRetain(number))
+    _checked(_driver().cuCtxSetCurrent(context))
+
+
+def _checked(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Raise `RuntimeError` for the status that a call of CUDA's begins with, or return the rest."""
+    status, *rest = result
+    if int(status):
+        raise RuntimeError(f"CUDA says {status!r}.")
+    return tuple(rest)
