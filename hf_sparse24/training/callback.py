@@ -80,26 +80,26 @@ class Sparse24Callback(TrainerCallback):
         _check_arguments(args, model, policy)
         self.masks = Masks.of(model, self._first_mask)
         if not policy.shards:
-            self._refuse_shards(model)
+            self._refuse_shards()
         if state.global_step:
-            self._resume(args, state, model)
+            self._resume(args, state)
         else:
-            mean_pruned = self._start(model)
+            mean_pruned = self._start()
             reason = policy.why_too_short(learning_rates(kwargs["lr_scheduler"], state.max_steps), mean_pruned)
             if reason is not None:
                 logger.warning(f"mask_policy {policy.name!r} cannot finish: {reason}.")
             _record(model, policy, self.masks)
-        self._hook_gradients(model, state.global_step + 1)
+        self._hook_gradients(state.global_step + 1)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let the policy prepare the forward pass."""
         step = state.global_step + 1
-        self._hook_gradients(kwargs["model"], step)
+        self._hook_gradients(step)
         if not self.policy.is_fixed(step):
             with torch.no_grad():
-                for weight in self._weights(kwargs["model"]):
+                for weight in self._weights():
                     self.policy.before_forward_(weight, step)
 
     def on_pre_optimizer_step(
@@ -111,7 +111,7 @@ class Sparse24Callback(TrainerCallback):
             return
         learning_rate = kwargs["lr_scheduler"].get_last_lr()[0]
         with torch.no_grad():
-            for weight in self._weights(kwargs["model"]):
+            for weight in self._weights():
                 if weight.gradient is None:
                     raise ValueError(
                         f"mask_policy {self.policy.name!r} needs the gradient of {weight.name}, which has none. Train "
@@ -125,12 +125,12 @@ class Sparse24Callback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the model 2:4 again; count how many weights entered or left a mask."""
-        step, model = state.global_step + 1, kwargs["model"]
+        step = state.global_step + 1
         if self.policy.is_fixed(step):
-            self.masks.apply_(model)
+            self.masks.apply_()
             return
         with torch.no_grad():
-            for weight in self._weights(model):
+            for weight in self._weights():
                 before = weight.pruned
                 kept = self.policy.after_step_(weight, step)
                 if kept is not None:
@@ -143,7 +143,7 @@ class Sparse24Callback(TrainerCallback):
     ) -> None:
         """Verify before a save."""
         if control.should_save:
-            self.masks.verify(kwargs["model"])
+            self.masks.verify()
 
     on_epoch_end = on_step_end
 
@@ -151,13 +151,13 @@ class Sparse24Callback(TrainerCallback):
         """Write the masks beside the weights."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:
-            save_state(folder, kwargs["model"], self.masks, self._states, self.policy.name, state.global_step)
+            save_state(folder, self.masks, self._states, self.policy.name, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics where a trainer has not, and warn of a training that brings nothing."""
         logs = kwargs.get("logs") or {}
         if self.masks is not None and "loss" in logs and "sparse24_density" not in logs:
-            metrics = self.metrics(kwargs["model"])
+            metrics = self.metrics()
             logs.update(metrics)
             if state.log_history:
                 state.log_history[-1].update(metrics)
@@ -174,18 +174,18 @@ class Sparse24Callback(TrainerCallback):
         self._release_hooks()
         if args.load_best_model_at_end and self.policy.moves:
             self._states.clear()
-            _check_2to4(self.masks, model)
+            _check_2to4(self.masks)
             self.masks = Masks.of(model, lambda _, weight, dim: mask_2to4(weight.abs(), dim))
-        self.masks.verify(model)
+        self.masks.verify()
 
-    def metrics(self, model: nn.Module) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Return density, nonzeros outside the masks, and the share of weights that flipped since the last call."""
         numbers = sum(mask.shape.numel() for mask in self.masks.values())
         flips = 0.0 if self._flips is None else float(self._flips) / max(numbers, 1)
         self._flips = None
         return {
-            "sparse24_density": self.masks.density(model),
-            "sparse24_violations": self.masks.violations(model),
+            "sparse24_density": self.masks.density(),
+            "sparse24_violations": self.masks.violations(),
             "sparse24_flips": flips,
         }
 
@@ -207,20 +207,20 @@ class Sparse24Callback(TrainerCallback):
         return policy.search(scores, dim)
 
     @torch.no_grad()
-    def _start(self, model: nn.Module) -> float:
+    def _start(self) -> float:
         """Let the policy begin; return the mean magnitude of the weights that are pruned now."""
         self._states = {}
         total = count = 0.0
-        for weight in self._weights(model):
+        for weight in self._weights():
             total += float(weight.values.abs().mul(weight.pruned).sum())
             count += int(weight.pruned.sum())
             self.policy.start(weight)
         return total / max(count, 1)
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(self.resume_folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if (folder / FILE).exists():
-            self._states = load_state(folder, model, self.masks, self.policy.name)
+            self._states = load_state(folder, self.masks, self.policy.name)
             return
         if self.policy.moves:
             raise ValueError(
@@ -230,24 +230,25 @@ class Sparse24Callback(TrainerCallback):
         logger.warning(f"{folder} has no {FILE}; the masks are taken from the zeros of its weights.")
         self._states = {}
 
-    def _weights(self, model: nn.Module) -> Iterator[Weight]:
-        for name, mask, parameter in self.masks.weights(model):
+    def _weights(self) -> Iterator[Weight]:
+        for name, mask in self.masks.items():
+            parameter = mask.parameter
             gradient = None if parameter.grad is None else local(parameter.grad)
             state = self._states.setdefault(name, {})
             yield Weight(name, local(parameter), gradient, mask.pruned(), mask.dim, state)
 
-    def _hook_gradients(self, model: nn.Module, step: int) -> None:
+    def _hook_gradients(self, step: int) -> None:
         """Keep gradients of pruned weights at zero, from the step on from which the mask is fixed."""
         if not self._hooks and self.policy.is_fixed(step):
-            self._hooks = self.masks.mask_gradients(model)
+            self._hooks = self.masks.mask_gradients()
 
     def _release_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
-    def _refuse_shards(self, model: nn.Module) -> None:
-        if any(isinstance(parameter, DTensor) for _, _, parameter in self.masks.weights(model)):
+    def _refuse_shards(self) -> None:
+        if any(isinstance(mask.parameter, DTensor) for mask in self.masks.values()):
             raise ValueError(f"mask_policy {self.policy.name!r} cannot work on shards. Use DDP, or another policy.")
 
 
@@ -266,9 +267,9 @@ def _check_arguments(args: TrainingArguments, model: nn.Module, policy: Frozen) 
         )
 
 
-def _check_2to4(masks: Masks, model: nn.Module) -> None:
-    for name, mask, parameter in masks.weights(model):
-        count = find_violations(local(parameter), mask.dim).count
+def _check_2to4(masks: Masks) -> None:
+    for name, mask in masks.items():
+        count = find_violations(local(mask.parameter), mask.dim).count
         if count:
             raise RuntimeError(
                 f"{name} of the best checkpoint has {count} groups of four with more than two nonzeros."

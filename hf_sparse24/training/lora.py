@@ -56,8 +56,8 @@ class MaskedLoraLinear(lora.Linear):
         return result
 
     def _pruned(self) -> Tensor:
-        weight = self.get_base_layer().weight
-        return Mask("", -1, weight.shape, self._kept_bits).pruned()
+        layer = self.get_base_layer()
+        return Mask(layer, "weight", -1, layer.weight.shape, self._kept_bits).pruned()
 
 
 def add_masked_lora(model: nn.Module, config: LoraConfig) -> PeftModel:

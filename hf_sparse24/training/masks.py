@@ -1,7 +1,7 @@
 """The masks of a model under training: by the name of the parameter, a bit a weight, on local shards.
 
 `accelerate` may replace every parameter of a model (FSDP2 makes DTensors of them), and a resumed run fills them anew.
-So masks are made after both, hold no parameter, and look each one up by its name whenever they are applied. A shard of
+So masks are made after both, hold no parameter, and ask its module for it whenever they are applied. A shard of
 a DTensor is treated as a matrix of its own, which is right as long as no group of four is cut in two; that is checked.
 
 What keeps zeros zero: gradients of pruned weights are zeroed as soon as they are accumulated, which also keeps them
@@ -34,16 +34,23 @@ class Mask:
     """The mask of one parameter, or of this process's shard of it.
 
     Attributes:
-        path (`str`): of the parameter in the model as it is wrapped now.
+        module (`nn.Module`): which has the parameter, whatever tensor that is at the time.
+        key (`str`): its name there.
         dim (`int`): the input dimension, -1 or -2.
         shape (`torch.Size`): of the parameter or the shard.
         bits (`Tensor`): (ceil(weights / 8),) uint8, a set bit for a weight that stays, in row-major order.
     """
 
-    path: str
+    module: nn.Module
+    key: str
     dim: int
     shape: torch.Size
     bits: Tensor
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that the mask is of now."""
+        return getattr(self.module, self.key)
 
     def kept(self) -> Tensor:
         """Return which weights stay: bool, the shape of the weight."""
@@ -82,59 +89,54 @@ class Masks(dict[str, Mask]):
             _check_shards(parameter, dim, name)
             weight = local(parameter)
             kept = choose(name, weight, dim)
-            masks[name] = Mask(path, dim, weight.shape, pack_bits(kept))
+            owner, _, key = path.rpartition(".")
+            masks[name] = Mask(model.get_submodule(owner), key, dim, weight.shape, pack_bits(kept))
         if not masks:
             raise ValueError(f"{type(model).__name__} has no projection that can be 2:4; there is nothing to train.")
         return masks
 
-    def weights(self, model: nn.Module) -> Iterator[tuple[str, Mask, nn.Parameter]]:
-        """Yield each name with its mask and the parameter that has that name now."""
-        model = bare(model)
-        for name, mask in self.items():
-            yield name, mask, model.get_parameter(mask.path)
-
     @torch.no_grad()
-    def apply_(self, model: nn.Module) -> None:
+    def apply_(self) -> None:
         """Write +0.0 into every pruned weight."""
-        for _, mask, parameter in self.weights(model):
-            local(parameter).masked_fill_(mask.pruned(), 0)
+        for mask in self.values():
+            local(mask.parameter).masked_fill_(mask.pruned(), 0)
 
-    def mask_gradients(self, model: nn.Module) -> list[RemovableHandle]:
+    def mask_gradients(self) -> list[RemovableHandle]:
         """Zero the gradients of pruned weights from now on, as soon as they are accumulated; return the hooks.
 
         Plain tensor hooks never fire under FSDP2; these do, there on the shard.
         """
         return [
-            parameter.register_post_accumulate_grad_hook(partial(_zero_pruned_gradients, mask=mask))
-            for _, mask, parameter in self.weights(model)
-            if parameter.requires_grad
+            mask.parameter.register_post_accumulate_grad_hook(partial(_zero_pruned_gradients, mask=mask))
+            for mask in self.values()
+            if mask.parameter.requires_grad
         ]
 
     @torch.no_grad()
-    def violations(self, model: nn.Module) -> int:
+    def violations(self) -> int:
         """Count the nonzeros outside the masks, in all processes together where the model is sharded."""
-        return int(self._sum(model, lambda mask, weight: weight.ne(0).logical_and_(mask.pruned())))
+        return int(self._sum(lambda mask, weight: weight.ne(0).logical_and_(mask.pruned())))
 
     @torch.no_grad()
-    def density(self, model: nn.Module) -> float:
+    def density(self) -> float:
         """Return the share of nonzeros, from 0 to 1."""
-        numbers = sum(parameter.numel() for _, _, parameter in self.weights(model))
-        return float(self._sum(model, lambda _, weight: weight.ne(0))) / max(numbers, 1)
+        numbers = sum(mask.parameter.numel() for mask in self.values())
+        return float(self._sum(lambda _, weight: weight.ne(0))) / max(numbers, 1)
 
-    def verify(self, model: nn.Module) -> None:
+    def verify(self) -> None:
         """Raise `RuntimeError` when a pruned weight is not zero."""
-        count = self.violations(model)
+        count = self.violations()
         if count:
             raise RuntimeError(
                 f"{count} pruned weights are not zero: something wrote to them after the optimizer's step. Write to "
                 "weights before Sparse24Callback.on_optimizer_step, or keep those modules out of the masks."
             )
 
-    def _sum(self, model: nn.Module, marks: Callable[[Mask, Tensor], Tensor]) -> Tensor:
+    def _sum(self, marks: Callable[[Mask, Tensor], Tensor]) -> Tensor:
         counts, sharded = [], False
-        for _, mask, parameter in self.weights(model):
-            counts.append(marks(mask, local(parameter)).sum())
-            sharded = sharded or isinstance(parameter, DTensor)
+        for mask in self.values():
+            counts.append(marks(mask, local(mask.parameter)).sum())
+            sharded = sharded or isinstance(mask.parameter, DTensor)
         total = torch.stack(counts).sum()
         return processes.sum_(total) if sharded else total
 

@@ -23,15 +23,16 @@ States = dict[str, dict[str, Tensor]]
 _MASK = "mask"
 
 
-def save_state(folder: str | Path, model: nn.Module, masks: Masks, states: States, policy: str, step: int) -> None:
+def save_state(folder: str | Path, masks: Masks, states: States, policy: str, step: int) -> None:
     """Write masks and states. Every process has to call it; the first one writes."""
     tensors = {}
-    for name, mask, parameter in masks.weights(model):
+    for name, mask in masks.items():
+        parameter = mask.parameter
         whole = _gather(mask.kept().to(torch.uint8), parameter)
         tensors[f"{name}:{_MASK}"] = pack_bits(whole.bool()).cpu()
         for key, tensor in states.get(name, {}).items():
             tensors[f"{name}:{key}"] = _gather(tensor, parameter).cpu().contiguous()
-    sums = _sums(model, masks)
+    sums = _sums(masks)
     if not processes.is_first():
         return
     path = Path(folder) / FILE
@@ -40,7 +41,7 @@ def save_state(folder: str | Path, model: nn.Module, masks: Masks, states: State
     unfinished.replace(path)
 
 
-def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) -> States:
+def load_state(folder: str | Path, masks: Masks, policy: str) -> States:
     """Read masks into `masks`, and return the states.
 
     Raises:
@@ -58,11 +59,10 @@ def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) 
         saved = json.loads(metadata["sums"])
         if set(saved) != set(masks):
             raise ValueError(f"{folder} has masks of other matrices than the model; resume with the model it is of.")
-        _check_restored(folder, saved, _sums(model, masks))
-        parameters = {name: parameter for name, _, parameter in masks.weights(model)}
+        _check_restored(folder, saved, _sums(masks))
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition(":")
-            parameter, tensor = parameters[name], file.get_tensor(key)
+            parameter, tensor = masks[name].parameter, file.get_tensor(key)
             if kind == _MASK:
                 masks[name].replace(_cut(_unpack(tensor, parameter.shape), parameter).bool())
             else:
@@ -70,12 +70,12 @@ def load_state(folder: str | Path, model: nn.Module, masks: Masks, policy: str) 
     return states
 
 
-def _sums(model: nn.Module, masks: Masks) -> dict[str, float]:
+def _sums(masks: Masks) -> dict[str, float]:
     """Return the sum of each weight, by which a checkpoint tells whether it has been restored."""
     sums = []
-    for _, _, parameter in masks.weights(model):
-        total = local(parameter).sum(dtype=torch.float64)
-        sums.append(processes.sum_(total) if isinstance(parameter, DTensor) else total)
+    for mask in masks.values():
+        total = local(mask.parameter).sum(dtype=torch.float64)
+        sums.append(processes.sum_(total) if isinstance(mask.parameter, DTensor) else total)
     return dict(zip(masks, torch.stack(sums).tolist(), strict=True))
 
 

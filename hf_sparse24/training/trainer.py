@@ -103,7 +103,7 @@ class Sparse24TrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with density, flips, violations and the parts of the loss where a training's loss is logged."""
         if "loss" in logs and self.sparse24.masks is not None:
-            logs.update(self.sparse24.metrics(self.model))
+            logs.update(self.sparse24.metrics())
             for key, sums in self._losses.items():
                 total, count = self.accelerator.reduce(sums, "sum").tolist()
                 logs[f"distill_{key}_loss"] = total / max(count, 1e-9)
@@ -114,7 +114,7 @@ class Sparse24TrainerMixin:
         """Save an ordinary model with zeros in it, whatever it is sharded by; every process has to call it."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.sparse24.masks is not None:
-            self.sparse24.masks.verify(self.model)
+            self.sparse24.masks.verify()
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)

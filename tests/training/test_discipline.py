@@ -171,7 +171,7 @@ def test_the_best_model_is_loaded_and_verified(pruned, train):
 
 def test_masks_take_a_bit_a_weight():
     kept = mask_2to4(torch.rand(5, 12))
-    mask = Mask("w", -1, kept.shape, pack_bits(kept))
+    mask = Mask(torch.nn.Linear(12, 5), "weight", -1, kept.shape, pack_bits(kept))
     assert mask.bits.nbytes == -(-kept.numel() // 8)
     assert torch.equal(mask.kept(), kept)
     assert torch.equal(mask.pruned(), ~kept)
