@@ -153,8 +153,9 @@ class Sparse24TrainerMixin:
     def _load_converted(self, folder: str, model: nn.Module) -> None:
         """Read a checkpoint as `from_pretrained` does, which knows its keys, and copy it into the model."""
         model = bare(model)
-        # float32 holds every value of the 16-bit types; copying rounds back to what was saved.
-        loaded = type(model).from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+        # The widest dtype holds every value of the others; copying rounds back to what was saved.
+        widest = max({parameter.dtype for parameter in model.parameters()} | {torch.float32}, key=lambda x: x.itemsize)
+        loaded = type(model).from_pretrained(folder, dtype=widest, device_map="cpu")
         values = loaded.state_dict()
         missing = [key for key in model.state_dict() if key not in values]
         if missing:

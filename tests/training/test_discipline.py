@@ -7,7 +7,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_sparse24 import Sparse24Callback, Sparse24Config, prune_, sparsity_report
+from hf_sparse24 import Sparse24Callback, Sparse24Config, Sparse24Trainer, prune_, sparsity_report
 from hf_sparse24.pattern import find_violations, mask_2to4
 from hf_sparse24.training.masks import Mask, Masks, pack_bits
 from tests.families import build
@@ -167,6 +167,18 @@ def test_the_best_model_is_loaded_and_verified(pruned, train):
     assert_held(pruned, before)
     loss = trainer.evaluate()["eval_loss"]
     assert loss == pytest.approx(trainer.state.best_metric, rel=1e-6)
+
+
+def test_trackers_see_the_metrics(pruned, arguments, rows):
+    seen = []
+
+    class Tracker(TrainerCallback):  # called before Sparse24Callback, as those that report_to names are
+        def on_log(self, args, state, control, logs, **kwargs):
+            seen.append(dict(logs))
+
+    Sparse24Trainer(pruned, arguments(), train_dataset=rows, callbacks=[Tracker()]).train()
+    assert {"sparse24_density", "sparse24_flips", "sparse24_violations"} <= seen[0].keys()
+    assert seen[0]["sparse24_density"] == pytest.approx(0.5, abs=1e-3)
 
 
 def test_masks_take_a_bit_a_weight():
