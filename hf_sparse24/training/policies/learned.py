@@ -6,16 +6,17 @@ What is deployed is the likeliest pattern with the original weights.
 """
 
 import zlib
+from functools import cache
 from itertools import combinations
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from hf_sparse24.pattern import GROUP_SIZE
 from hf_sparse24.training.policies.base import Moving, Weight
 
 PATTERNS = [[float(column in pair) for column in range(GROUP_SIZE)] for pair in combinations(range(GROUP_SIZE), 2)]
+_BETAS = (0.9, 0.999)
 _FIXED_BY = {"temperature": (4.0, 0.05), "scale": (100.0, 500.0)}  # from the first step to the last
 
 
@@ -57,7 +58,6 @@ class Learned(Moving):
         weight.state["logits"] = logits + agreement * logits.std() * self.prior_strength
         weight.state["first_moment"] = torch.zeros_like(logits)
         weight.state["second_moment"] = torch.zeros_like(logits)
-        weight.state["updates"] = torch.zeros((), dtype=torch.float32, device=logits.device)
         weight.values.masked_fill_(weight.pruned, 0)
 
     def before_forward_(self, weight: Weight, step: int) -> None:
@@ -75,20 +75,7 @@ class Learned(Moving):
         of_sample = of_mask @ patterns.T
         temperature, scale = (self._at(key, step) for key in ("temperature", "scale"))
         gradient = sample * (of_sample - (sample * of_sample).sum(-1, keepdim=True)) * (scale / temperature)
-        state = weight.state
-        adamw(
-            *([tensor] for tensor in (state["logits"], gradient, state["first_moment"], state["second_moment"])),
-            max_exp_avg_sqs=[],
-            state_steps=[state["updates"]],
-            foreach=False,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=self.weight_decay,
-            eps=1e-8,
-            maximize=False,
-        )
+        self._update_(weight.state, gradient, step, learning_rate)
 
     def after_step_(self, weight: Weight, step: int) -> Tensor | None:
         """Leave the dense weights under the likeliest mask."""
@@ -108,6 +95,15 @@ class Learned(Moving):
         generator = torch.Generator(weight.values.device)
         return generator.manual_seed(zlib.crc32(f"{self.seed} {step} {weight.name}".encode()))
 
+    def _update_(self, state: dict[str, Tensor], gradient: Tensor, step: int, learning_rate: float) -> None:
+        """Take a step of AdamW."""
+        logits, first, second = (state[key] for key in ("logits", "first_moment", "second_moment"))
+        first.lerp_(gradient, 1 - _BETAS[0])
+        second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+        scale = (second / (1 - _BETAS[1] ** step)).sqrt_().add_(1e-8)
+        logits.mul_(1 - learning_rate * self.weight_decay)
+        logits.addcdiv_(first, scale, value=-learning_rate / (1 - _BETAS[0] ** step))
+
     def _at(self, key: str, step: int) -> float:
         first, last = _FIXED_BY[key]
         return first + (last - first) * min(1.0, (step - 1) / max(1, self.total_steps - 1))
@@ -121,5 +117,6 @@ def _as_weight(groups: Tensor, weight: Weight) -> Tensor:
     return groups.flatten(-2).movedim(-1, weight.dim)
 
 
+@cache
 def _patterns(device: torch.device) -> Tensor:
     return torch.tensor(PATTERNS, device=device)
