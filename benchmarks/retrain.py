@@ -18,6 +18,7 @@ trial (`--tokens 32768`).
 
 import argparse
 import copy
+import importlib.util
 import json
 import time
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ def starting_model(name, start, bundle, work, device):
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
-def arguments_of(name, row, steps, folder, device):
+def arguments_of(name, row, steps, folder, device, compiled):
     """Return the arguments of a row's training."""
     every = max(1, steps // 20)
     stopping = {
@@ -173,6 +174,7 @@ def arguments_of(name, row, steps, folder, device):
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "torch_compile": compiled,
         **(stopping if row.stops_early else {}),
         **(LOGITS if row.distils else {}),
         **row.arguments,
@@ -186,7 +188,7 @@ def run(name, key, row, bundle, options, device):
     train, validation = retrain_data.load(name, options.folder)
     tokens = row.tokens if options.tokens is None else options.tokens
     steps = max(2, round(tokens / (BATCH[name] * train.shape[1])))
-    args = arguments_of(name, row, steps, folder, device)
+    args = arguments_of(name, row, steps, folder, device, options.compile)
     model = starting_model(name, row.start, bundle, options.work / name, device)
     for module in model.modules():  # the teacher writes without dropout; so shall the student
         if isinstance(module, torch.nn.Dropout):
@@ -297,6 +299,7 @@ def main():
     parser.add_argument("--work", type=Path, default=MODELS / "retrain", help="of checkpoints")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many, to go on later")
     parser.add_argument("--tokens", type=float, help="in place of what the rows say")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model; the first steps take longer")
     parser.add_argument("--save", help="folder for the trained models")
     parser.add_argument("--collect", action="store_true")
     options = parser.parse_args()
@@ -320,6 +323,9 @@ def main():
     started = time.monotonic()
     for key in options.rows or wanted:
         if key in done:
+            continue
+        if wanted[key].adapters and importlib.util.find_spec("peft") is None:
+            print(f"{key}: left out, peft is not installed here", flush=True)
             continue
         options.minutes -= (time.monotonic() - started) / 60
         started = time.monotonic()

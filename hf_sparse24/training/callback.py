@@ -28,7 +28,7 @@ from hf_sparse24.selection import role_of
 from hf_sparse24.training.masks import Masks, bare, local
 from hf_sparse24.training.policies import Frozen, Weight, make_policy
 from hf_sparse24.training.schedule import learning_rates, why_no_recovery
-from hf_sparse24.training.state import FILE, States, load_state, save_state
+from hf_sparse24.training.state import FILE, States, check_restored, load_state, save_state
 
 logger = logging.get_logger(__name__)
 
@@ -88,7 +88,7 @@ class Sparse24Callback(TrainerCallback):
             reason = policy.why_too_short(learning_rates(kwargs["lr_scheduler"], state.max_steps), mean_pruned)
             if reason is not None:
                 logger.warning(f"mask_policy {policy.name!r} cannot finish: {reason}.")
-            _record(model, policy, self.masks)
+        _record(model, policy, self.masks)
         self._hook_gradients(state.global_step + 1)
 
     def on_step_begin(
@@ -151,7 +151,7 @@ class Sparse24Callback(TrainerCallback):
         """Write the masks beside the weights."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:
-            save_state(folder, self.masks, self._states, self.policy.name, state.global_step)
+            save_state(folder, self.masks, self._states, self.policy)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the metrics where a trainer has not, and warn of a training that brings nothing."""
@@ -172,7 +172,10 @@ class Sparse24Callback(TrainerCallback):
         """Verify what is left in memory: the last state, or the best, whose masks may be others."""
         model = kwargs["model"]
         self._release_hooks()
-        if args.load_best_model_at_end and self.policy.moves:
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is not None and (Path(best) / FILE).exists():
+            check_restored(best, self.masks)
+        if best is not None and self.policy.moves:
             self._states.clear()
             _check_2to4(self.masks)
             self.masks = Masks.of(model, lambda _, weight, dim: mask_2to4(weight.abs(), dim))
@@ -220,7 +223,7 @@ class Sparse24Callback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(self.resume_folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if (folder / FILE).exists():
-            self._states = load_state(folder, self.masks, self.policy.name)
+            self._states = load_state(folder, self.masks, self.policy)
             return
         if self.policy.moves:
             raise ValueError(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_sparse24 import processes
 from hf_sparse24.training.masks import Masks, local, pack_bits
+from hf_sparse24.training.policies import Frozen
 
 FILE = "sparse24_training.safetensors"
 States = dict[str, dict[str, Tensor]]
@@ -23,7 +24,7 @@ States = dict[str, dict[str, Tensor]]
 _MASK = "mask"
 
 
-def save_state(folder: str | Path, masks: Masks, states: States, policy: str, step: int) -> None:
+def save_state(folder: str | Path, masks: Masks, states: States, policy: Frozen) -> None:
     """Write masks and states. Every process has to call it; the first one writes."""
     tensors = {}
     for name, mask in masks.items():
@@ -37,29 +38,31 @@ def save_state(folder: str | Path, masks: Masks, states: States, policy: str, st
         return
     path = Path(folder) / FILE
     unfinished = path.with_suffix(".unfinished")
-    save_file(tensors, unfinished, {"policy": policy, "step": str(step), "sums": json.dumps(sums)})
+    save_file(tensors, unfinished, {"policy": policy.name, "steps": str(policy.total_steps), "sums": json.dumps(sums)})
     unfinished.replace(path)
 
 
-def load_state(folder: str | Path, masks: Masks, policy: str) -> States:
+def load_state(folder: str | Path, masks: Masks, policy: Frozen) -> States:
     """Read masks into `masks`, and return the states.
 
     Raises:
-        `ValueError`: the file is of another policy or of other matrices.
+        `ValueError`: the file is of another policy, of a training of another length, or of other matrices.
         `RuntimeError`: the weights in the model are not those that were saved with it.
     """
     states: States = {name: {} for name in masks}
     with safe_open(Path(folder) / FILE, "pt") as file:
         metadata = file.metadata()
-        if metadata["policy"] != policy:
+        if metadata["policy"] != policy.name:
             raise ValueError(
-                f"{folder} was saved with mask_policy {metadata['policy']!r}; this run has {policy!r}. Resume with "
-                "the same, or start from its weights with resume_from_checkpoint=None."
+                f"{folder} was saved with mask_policy {metadata['policy']!r}; this run has {policy.name!r}. Resume "
+                "with the same, or start from its weights with resume_from_checkpoint=None."
             )
-        saved = json.loads(metadata["sums"])
-        if set(saved) != set(masks):
-            raise ValueError(f"{folder} has masks of other matrices than the model; resume with the model it is of.")
-        _check_restored(folder, saved, _sums(masks))
+        if policy.moves and metadata["steps"] != str(policy.total_steps):
+            raise ValueError(
+                f"{folder} is of a training of {metadata['steps']} steps; this one has {policy.total_steps}, and the "
+                f"schedule of mask_policy {policy.name!r} would jump. Resume with as many."
+            )
+        _compare(folder, json.loads(metadata["sums"]), _sums(masks))
         for key in file.keys():  # noqa: SIM118
             name, _, kind = key.rpartition(":")
             parameter, tensor = masks[name].parameter, file.get_tensor(key)
@@ -68,6 +71,12 @@ def load_state(folder: str | Path, masks: Masks, policy: str) -> States:
             else:
                 states[name][kind] = _cut(tensor, parameter)
     return states
+
+
+def check_restored(folder: str | Path, masks: Masks) -> None:
+    """Raise `RuntimeError` when the weights in a model are not those that were saved in a folder."""
+    with safe_open(Path(folder) / FILE, "pt") as file:
+        _compare(folder, json.loads(file.metadata()["sums"]), _sums(masks))
 
 
 def _sums(masks: Masks) -> dict[str, float]:
@@ -79,12 +88,14 @@ def _sums(masks: Masks) -> dict[str, float]:
     return dict(zip(masks, torch.stack(sums).tolist(), strict=True))
 
 
-def _check_restored(folder: str | Path, saved: dict[str, float], found: dict[str, float]) -> None:
+def _compare(folder: str | Path, saved: dict[str, float], found: dict[str, float]) -> None:
+    if set(saved) != set(found):
+        raise ValueError(f"{folder} has masks of other matrices than the model; resume with the model it is of.")
     for name, total in saved.items():
         if not math.isclose(total, found[name], rel_tol=1e-6, abs_tol=1e-6):  # sums depend a little on their order
             raise RuntimeError(
                 f"{name} was not restored from {folder}: Trainer drops weights that transformers saves under other "
-                "names (transformers#48805). Resume with Sparse24Trainer."
+                "names (transformers#48805). Use Sparse24Trainer."
             )
 
 

@@ -82,8 +82,18 @@ def test_a_trainer_that_does_not_restore_them_is_found_out(arguments, rows, tmp_
         Trainer(model, args, train_dataset=rows, callbacks=[Sparse24Callback()]).train(resume_from_checkpoint=resume)
 
     train()
-    with pytest.raises(RuntimeError, match=r"experts.* was not restored .* Resume with Sparse24Trainer"):
+    with pytest.raises(RuntimeError, match=r"experts.* was not restored .* Use Sparse24Trainer"):
         train(str(tmp_path / "run" / "checkpoint-3"))
+
+
+def test_a_trainer_that_does_not_load_the_best_is_found_out(arguments, rows):
+    model = build("mixtral")
+    prune_(model, Sparse24Config(method="magnitude"))
+    kwargs = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    kwargs |= {"learning_rate": 0.3, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    args = arguments(load_best_model_at_end=True, **kwargs)
+    with pytest.raises(RuntimeError, match=r"was not restored .* Use Sparse24Trainer"):
+        Trainer(model, args, train_dataset=rows, eval_dataset=Rows(8), callbacks=[Sparse24Callback()]).train()
 
 
 class Images(torch.utils.data.Dataset):
@@ -154,6 +164,15 @@ def test_without_the_file_frozen_masks_come_from_zeros_and_others_are_refused(tr
     assert all(torch.equal(zeros_of(pruned)[name] & before[name], before[name]) for name in before)
     with pytest.raises(ValueError, match="'srste' cannot resume"):
         train(pruned, resume=str(tmp_path / "run" / "checkpoint-3"), mask_policy="srste")
+
+
+def test_another_length_is_refused_where_the_schedule_depends_on_it(train, tmp_path, tiny_llama, pruned):
+    train(tiny_llama, save_strategy="steps", save_steps=3, mask_policy="admm")
+    with pytest.raises(ValueError, match="of a training of 6 steps; this one has 9"):
+        train(tiny_llama, resume=str(tmp_path / "run" / "checkpoint-3"), mask_policy="admm", max_steps=9)
+    shutil.rmtree(tmp_path / "run")
+    train(pruned, save_strategy="steps", save_steps=3)
+    assert train(pruned, resume=str(tmp_path / "run" / "checkpoint-3"), max_steps=9).state.global_step == 9
 
 
 def test_another_policy_is_refused(train, tmp_path, pruned):
