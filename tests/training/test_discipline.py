@@ -121,6 +121,23 @@ def test_a_model_that_is_not_pruned_is_refused(tiny_llama, train):
         train(tiny_llama)
 
 
+def test_what_cuts_groups_of_four_or_has_no_gradient_is_refused(pruned, tiny_llama, train):
+    weight = pruned.model.layers[0].mlp.up_proj.weight
+    weight.ds_tensor = weight  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(ValueError, match=r"up_proj.weight is partitioned by DeepSpeed ZeRO-3"):
+        train(pruned)
+    tiny_llama.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"needs the gradient of .*up_proj.weight, which has none"):
+        train(tiny_llama, mask_policy="srste")
+
+
+def test_frozen_layers_stay_what_they_are(pruned, train):
+    weight = pruned.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    before = weight.clone()
+    train(pruned)
+    assert torch.equal(weight, before)
+
+
 def test_what_is_written_behind_the_masks_is_found_before_a_save(pruned, train):
     class Meddle(TrainerCallback):
         def on_step_end(self, args, state, control, model, **kwargs):
