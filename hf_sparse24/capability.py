@@ -21,6 +21,7 @@ class Capability(NamedTuple):
     reason: str
 
 
+@functools.cache
 def backend_capability(backend: str) -> Capability:
     """Tell whether a backend of `Sparse24Config` can run here.
 
@@ -40,15 +41,14 @@ def backend_capability(backend: str) -> Capability:
         return Capability(True, "plain torch on any device; unpacks each weight once and runs it dense")
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return Capability(False, "needs an NVIDIA GPU and torch sees none")
-    if _device_capability() < _OLDEST:
-        return Capability(
-            False, "needs compute capability 8.0 or newer; this GPU has {}.{}".format(*_device_capability())
-        )
+    if gpu_capability() < _OLDEST:
+        return Capability(False, "needs compute capability 8.0 or newer; this GPU has {}.{}".format(*gpu_capability()))
     return {"cusparselt": _cusparselt, "cutlass": _cutlass, "nvrtc": _nvrtc}[backend]()
 
 
 @functools.cache
-def _device_capability() -> tuple[int, int]:
+def gpu_capability() -> tuple[int, int]:
+    """Return the compute capability of the current GPU, taken to be that of all."""
     return torch.cuda.get_device_capability()
 
 
@@ -61,7 +61,7 @@ def _cusparselt() -> Capability:
 
 
 def _cutlass() -> Capability:
-    if _device_capability() != (9, 0):
+    if gpu_capability() != (9, 0):
         return Capability(False, "torchao's FP8 kernel needs compute capability 9.0 exactly (Hopper)")
     if importlib.util.find_spec("torchao") is None:
         return Capability(False, "needs torchao, which is not installed")

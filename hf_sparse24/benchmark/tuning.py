@@ -38,7 +38,7 @@ def token_counts(value_dtype: torch.dtype, most: int = MOST_TOKENS) -> list[int]
 
     ```
     """
-    first = 2 * FEW_TOKENS[value_dtype.itemsize]
+    first = 2 * FEW_TOKENS[value_dtype]
     return [1 << bits for bits in range(first.bit_length() - 1, most.bit_length()) if 1 << bits <= most]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_sparse24.capability import Capability, has_nvmath
+from hf_sparse24.capability import Capability, gpu_capability, has_nvmath
 from hf_sparse24.kernels.autotune import Choice
 from hf_sparse24.kernels.cusparselt_plans import Library, Operands, Problem
 from hf_sparse24.packing import PackedWeight, dtype_name, pack_weight, scatter_values
@@ -21,7 +21,8 @@ from hf_sparse24.pattern import prune_2to4
 
 logger = logging.get_logger(__name__)
 
-ROWS = {torch.float16: 8, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}  # tokens: multiples of this
+# Tokens come in multiples of these. The library takes 8 for float16 too, and then crashes in some algorithms (0.8.0).
+ROWS = {torch.float16: 16, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}
 FEATURES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}  # inputs and outputs too
 _SMALLEST = 128  # of either: some algorithms for Hopper crash on less
 
@@ -35,6 +36,8 @@ def cusparselt_capability(value_dtype: torch.dtype, out_features: int, in_featur
     step = FEATURES[value_dtype]
     if in_features % step or out_features % step:
         return Capability(False, f"cuSPARSELt takes features divisible by {step} with {dtype_name(value_dtype)}")
+    if value_dtype == torch.float8_e4m3fn and gpu_capability() < (8, 9):
+        return Capability(False, "FP8 products need compute capability 8.9 or newer; quantization='int8' runs here")
     if min(in_features, out_features) < _SMALLEST:
         return Capability(False, f"cuSPARSELt is used from {_SMALLEST} features up")
     return Capability(True, "cuSPARSELt")
@@ -58,20 +61,22 @@ def compress(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     return values, buffer[size:]
 
 
-def is_compressed(weight: Tensor, metadata: Tensor) -> bool:
-    """Tell whether metadata follow the values in memory, as `compress` returned them."""
-    return metadata.ndim == 1 and metadata.data_ptr() == weight.data_ptr() + weight.nbytes
-
-
 def matmul(
-    input: Tensor, weight: Tensor, metadata: Tensor, weight_scale: Tensor | None, out_dtype: torch.dtype
+    input: Tensor,
+    weight: Tensor,
+    metadata: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """Return input @ unpacked(weight).T, with int8 times the scale of each output, in `out_dtype`.
+    """Return input @ unpacked(weight).T, with int8 times the scale of each output, plus bias, in `out_dtype`.
 
     Args:
         input (`Tensor`): (M, K) in the dtype of the weight; rows behind the last are read where the memory is there.
-        weight, metadata (`Tensor`): (N, K/2) and bytes, as `compress` returned them.
+        weight, metadata (`Tensor`): (N, K/2) and bytes, as `compress` returned them. Copies that do not follow each
+            other in memory are put together at every call.
         weight_scale (`Tensor`, *optional*): (N,) float32, with int8.
+        bias (`Tensor`, *optional*): (N,) in `out_dtype`, without a scale.
         out_dtype (`torch.dtype`): float16 or bfloat16; that of the weight, if it is one of them.
     """
     tokens, features = input.shape
@@ -80,18 +85,22 @@ def matmul(
     if not tokens:
         return input.new_empty(0, weight.shape[0], dtype=out_dtype)
     input = _with_rows(input, padded)
+    if metadata.data_ptr() != weight.data_ptr() + weight.nbytes:
+        buffer = torch.cat((weight.reshape(-1).view(torch.uint8), metadata))
+        weight = buffer[: weight.nbytes].view(weight.dtype).view_as(weight)
     if not has_nvmath():
-        return _matmul_of_torch(input, weight, metadata, weight_scale, out_dtype, padded)[:tokens]
+        out = _matmul_of_torch(input, weight, metadata, weight_scale, out_dtype, padded)[:tokens]
+        return out if bias is None else out.add_(bias)
     out = torch.empty(padded, weight.shape[0], dtype=out_dtype, device=input.device)
-    device = input.device.index
-    problem = Problem(weight.shape[0], features, padded, weight.dtype, out_dtype)
-    operands = Operands(input, weight, weight_scale, out)
+    device = input.get_device()
+    problem = Problem(weight.shape[0], features, padded, weight.dtype, out_dtype, bias is not None)
+    operands = Operands(input, weight, weight_scale, bias, out)
     if torch._C._cuda_getDevice() == device:
         _library(device).run(problem, operands)
     else:
         with torch.cuda.device(device):
             _library(device).run(problem, operands)
-    return out[:tokens]
+    return out if tokens == padded else out[:tokens]
 
 
 def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, device: torch.device) -> Choice:
@@ -108,15 +117,18 @@ def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, d
     values, metadata = compress(pack_weight(weight))
     scale = torch.ones(out_features, device=device) if dtype == torch.int8 else None
     rows = -(-tokens // ROWS[dtype]) * ROWS[dtype]
-    matmul(torch.randn(rows, in_features, device=device).to(dtype), values, metadata, scale, out_dtype)
-    return _library(values.device.index).choice(Problem(out_features, in_features, rows, dtype, out_dtype))
+    matmul(torch.randn(rows, in_features, device=device).to(dtype), values, metadata, scale, None, out_dtype)
+    return _library(values.device.index).choice(Problem(out_features, in_features, rows, dtype, out_dtype, False))
 
 
 def _with_rows(input: Tensor, rows: int) -> Tensor:
     """Return a contiguous, aligned input behind which there is memory up to a number of rows."""
-    room = input.untyped_storage().nbytes() // input.itemsize - input.storage_offset()
-    if input.is_contiguous() and room >= rows * input.shape[1] and input.data_ptr() % 16 == 0:
-        return input
+    if input.is_contiguous() and input.data_ptr() % 16 == 0:
+        if len(input) == rows:
+            return input
+        room = input.untyped_storage().nbytes() // input.itemsize - input.storage_offset()
+        if room >= rows * input.shape[1]:
+            return input
     padded = input.new_empty(rows, input.shape[1])
     padded[: len(input)] = input
     return padded

@@ -24,7 +24,7 @@ _CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.int8: 3, torch.bfloat16
 _ROW_ORDER, _COLUMN_ORDER = 2, 1
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1
 _ALIGNMENT = 16
-_SPLITS = (1, 2, 4)
+_SPLITS = (1, 2, 4)  # Hopper refuses all but 1
 _WARM_UPS, _TIMED = 2, 5
 _KEPT = 2048  # plans a device, some kilobytes each
 
@@ -39,14 +39,16 @@ class Problem(NamedTuple):
     tokens: int
     dtype: torch.dtype
     out_dtype: torch.dtype
+    has_bias: bool
 
 
 class Operands(NamedTuple):
-    """What a plan is run on; shapes as in `Problem`. `alpha` has N values, or is None: one."""
+    """What a plan is run on; shapes as in `Problem`. `alpha` has N values, or is None: one; so has `bias`: zero."""
 
     input: Tensor
     weight: Tensor
     alpha: Tensor | None
+    bias: Tensor | None
     out: Tensor
 
 
@@ -62,6 +64,7 @@ class Plan:
     def __init__(self, library: "Library", problem: Problem, algorithm: int, split_k: int) -> None:
         self._lt, self._handle = library.lt, library.handle
         self._destroy: list[tuple[Any, int]] = []
+        self._bias = ctypes.c_void_p()
         try:
             descriptor = self._describe(problem)
             self._selection = self._own(
@@ -69,7 +72,7 @@ class Plan:
                 self._lt.matmul_alg_selection_destroy,
             )
             self._set(self._lt.MatmulAlgAttribute.CONFIG_ID, algorithm)
-            if split_k > 1:
+            if split_k != 1:
                 self._set(self._lt.MatmulAlgAttribute.SPLIT_K, split_k)
             self.pointer = self._own(
                 self._lt.matmul_plan_init(self._handle, descriptor, self._selection),
@@ -85,6 +88,14 @@ class Plan:
         while self._destroy:
             destroy, pointer = self._destroy.pop()
             destroy(pointer)
+
+    def set_bias(self, address: int) -> None:
+        """Say where the bias of the next run stands: the plan reads its descriptor anew each time."""
+        self._bias.value = address
+        attribute = int(self._lt.MatmulDescAttribute.BIAS_POINTER)
+        self._lt.matmul_desc_set_attribute(
+            self._handle, self._descriptor, attribute, ctypes.addressof(self._bias), ctypes.sizeof(self._bias)
+        )
 
     def number_of_algorithms(self) -> int:
         """Return how many algorithms the library has for the problem; it refuses some of them."""
@@ -126,6 +137,9 @@ class Plan:
             lt.matmul_desc_set_attribute(
                 self._handle, descriptor, attribute, ctypes.addressof(one), ctypes.sizeof(one)
             )
+        self._descriptor = descriptor
+        if problem.has_bias:
+            self.set_bias(_ALIGNMENT)  # any address, until there is one
         return descriptor
 
     def _dense(self, rows: int, columns: int, stride: int, value_type: int, order: int) -> int:
@@ -189,6 +203,8 @@ class Library:
         workspace = None
         if plan.workspace:
             workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=operands.out.device)
+        if operands.bias is not None:
+            plan.set_bias(operands.bias.data_ptr())
         out = operands.out.data_ptr()
         self.lt.matmul(
             self.handle,
@@ -222,7 +238,8 @@ class Library:
 
     def _key(self, problem: Problem, tokens: int) -> str:
         dtypes = f"{str(problem.dtype)[6:]} to {str(problem.out_dtype)[6:]}"
-        return f"{self._machine}, {dtypes}, {problem.outputs}x{problem.features}, {tokens} tokens"
+        bias = " with bias" if problem.has_bias else ""
+        return f"{self._machine}, {dtypes}{bias}, {problem.outputs}x{problem.features}, {tokens} tokens"
 
     def _plan(self, problem: Problem, choice: Choice | None) -> Plan | None:
         """Return a plan for a choice, or None where the library refuses it for this very number of tokens."""

@@ -1,58 +1,107 @@
 // A packed projection for few tokens: out = x W^T with W in format 1, on the sparse tensor cores (sm_80 and newer).
 //
-// With few tokens a projection takes as long as its weights take to read. So the weights are read once, 16 bytes a lane,
-// straight into the registers from which the tensor cores take them: mma.sp wants pairs of values and, for each pair,
-// the nibble that places it in its group of four, and both stand in format 1 as they are. Which group of a row goes to
-// which place of the product is free, since a sum does not depend on the order of its terms: it is chosen so that a
-// lane holds what it has read. No shared memory before the last sum, and no synchronization.
+// With few tokens a projection takes as long as its weights take to read, so what counts is that enough of them are under
+// way at any time. Shared memory is a queue of what was asked for: chunks of the columns, of which the weights and the
+// activations are copied as they stand (cp.async), several ahead of the one that is being multiplied. From there the
+// tensor cores take them in natural order: ldmatrix hands out rows of 16 bytes as mma.sp wants them, and the index
+// nibbles of format 1 are its metadata.
 //
-// Names after the PTX ISA, "matrix fragments for sparse mma.m16n8k32": lane = 4 g + t. A product has 8 slots of groups;
-// lane t of a quad holds slots t and 4 + t of rows g and g + 8.
+// Where there are too few rows to keep a GPU busy, the columns are divided: among teams of warps in a block, and among
+// the blocks of a cluster, which read each other's sums in the end (sm_90 and newer). All sums are in a fixed order.
 //
-// To be defined (see decode.py): HALF (1: float16, 0: bfloat16 activations), BITS (16 or 8) and FP8 (0 or 1) of the values,
-// ROW_TILES (of 16 rows), TOKEN_TILES (of 8 tokens) and WARPS of a block. The columns K are a multiple of COLUMNS.
+// Names after the PTX ISA, "matrix fragments for sparse mma.m16n8k32": lane = 4 g + t. A product takes 8 groups of four
+// columns: lane t of a quad holds the pairs of the groups t and 4 + t, of rows g and g + 8.
+//
+// To be defined (see decode.py): HALF (1: float16, 0: bfloat16 activations), BITS (16 or 8) and FP8 (0 or 1) of the
+// values; ROW_TILES (of 16 rows) of a warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens);
+// UNITS (of 64 columns) of a chunk and STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
 typedef unsigned short u16;
+typedef unsigned long long u64;
 
-constexpr int GROUPS = BITS == 16 ? 4 : 8;  // of a row, that a lane reads at once
-constexpr int COLUMNS = 4 * 4 * GROUPS;     // of a chunk, which the four lanes of a quad read
-constexpr int PRODUCTS = GROUPS / 2;        // mma.sp a chunk
-constexpr int ROWS = 16 * ROW_TILES;
-constexpr int TOKENS = 8 * TOKEN_TILES;
+constexpr int TEAM = 32 * ROW_WARPS, THREADS = TEAM * TEAMS;
+constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, TOKENS = 8 * TOKEN_TILES;  // of a block
 
-struct Row {
-    u32 values[4];
-    u32 nibbles[GROUPS / 2];  // of the 4 GROUPS groups of the chunk
-};
+// Bytes of a row, or a token, in a chunk; and in shared memory, where 16 more let the 8 rows that ldmatrix reads at once
+// lie in different banks.
+constexpr int VALUE_BYTES = UNITS * 4 * BITS, VALUE_PITCH = VALUE_BYTES + 16;
+constexpr int X_BYTES = UNITS * 128, X_PITCH = X_BYTES + 16;
+constexpr int INDEX_BYTES = UNITS * 8;
+constexpr int X_AT = ROWS * VALUE_PITCH, INDICES_AT = X_AT + TOKENS * X_PITCH, STAGE = INDICES_AT + ROWS * INDEX_BYTES;
 
-struct Chunk {
-    Row rows[ROW_TILES][2];
-};
-
-// Where a lane reads: the block's first row or token, and offsets in bytes from there.
-struct Places {
-    const u8 *values, *indices, *x;
-    u32 values_of[ROW_TILES][2], indices_of[ROW_TILES][2], x_of[TOKEN_TILES];
-    bool is_token[TOKEN_TILES];
-};
+// Shared memory: the scales and biases of the rows; then the queues of the teams and, in their place, the sums.
+constexpr int BIASES_AT = ROWS * 4, QUEUES_AT = BIASES_AT + ROWS * 2;
+constexpr int SUM_PITCH = (ROWS + 4) * 4;  // of a token: lanes that write tokens 2 t of rows g hit different banks
 
 #ifndef EMULATED
-__device__ void load_once(const void *from, u32 (&to)[4]) {
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-        : "l"(from));
+__device__ u32 shared_memory() {
+    extern __shared__ __align__(16) u8 memory[];
+    return (u32)__cvta_generic_to_shared(memory);
 }
 
-__device__ void load_words(const u8 *from, u32 (&to)[4]) {
-    uint4 words = *(const uint4 *)from;
-    to[0] = words.x, to[1] = words.y, to[2] = words.z, to[3] = words.w;
+// Copies BYTES, or as many as there are and then zeros.
+template <int BYTES>
+__device__ void copy(u32 to, const void *from, int available = BYTES) {
+    if (BYTES == 16)  // not by way of L1
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(available));
+    else
+        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                     "r"(available));
 }
 
-__device__ void load_words(const u8 *from, u32 (&to)[2]) {
-    uint2 words = *(const uint2 *)from;
-    to[0] = words.x, to[1] = words.y;
+__device__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+template <int GROUPS>
+__device__ void wait_for_all_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+__device__ void wait_for_team(int team) {
+    if (TEAM == 32)
+        __syncwarp();
+    else
+        asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(TEAM) : "memory");
+}
+
+__device__ void ldmatrix(u32 (&to)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from));
+}
+
+__device__ u32 read_u16(u32 from) {
+    u16 value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(from));
+    return value;
+}
+
+__device__ u32 read_u32(u32 from) {
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
+    return value;
+}
+
+__device__ void write(u32 to, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(value)); }
+
+__device__ void read_four(float (&to)[4], u32 from, int rank) {
+#if CLUSTER > 1
+    asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there]; }"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(from), "r"(rank));
+#else
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                 : "r"(from));
+#endif
+}
+
+__device__ void wait_for_cluster() {
+#if CLUSTER > 1
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+#endif
 }
 
 // a * b + c of two halves.
@@ -117,130 +166,186 @@ __device__ u32 widened(u32 pair) {
 #endif
 }
 
-// The nibbles that two products take from this lane: products 2 * PASS and 2 * PASS + 1 take them from lanes 0, 1 and
-// 2, 3 of a quad, the first of the two for slots 0 to 3 (the even groups of the four lanes), the second for 4 to 7.
-__device__ u32 four_nibbles(const Row &row, int pass, int t) {
-    u32 product = 2 * pass + (t >> 1);
+// What a thread of a team copies: from its own first piece on, every so many rows.
+struct Operands {
+    const u8 *values, *indices, *x;
+    u32 columns;
+    int last_row, last_token;  // of those that the block has
+};
+
+// One piece of each of ROWS rows that are AT_ONCE rows apart; of a row beyond the last nothing, or the last one again.
+template <int COUNT, int AT_ONCE, int PIECE, int PITCH, bool REPEAT>
+__device__ void copy_rows(u32 to, const u8 *from, u32 pitch, int row, int last) {
+#pragma unroll
+    for (int i = 0; i < (COUNT + AT_ONCE - 1) / AT_ONCE; ++i, row += AT_ONCE)
+        if ((COUNT % AT_ONCE == 0 || row < COUNT) && (REPEAT || row <= last))
+            copy<PIECE>(to + row * PITCH, from + (u64)(u32)(row < last ? row : last) * pitch);
+}
+
+__device__ void fetch(u32 stage, const Operands &from, u32 chunk, int thread) {
+    constexpr int VALUE_PIECES = VALUE_BYTES / 16;
+    u32 row = thread / VALUE_PIECES, piece = thread % VALUE_PIECES * 16;
+    copy_rows<ROWS, TEAM / VALUE_PIECES, 16, VALUE_PITCH, true>(
+        stage + piece, from.values + chunk * VALUE_BYTES + piece, from.columns / 16 * BITS, row, from.last_row);
+
+    constexpr int INDEX_PIECE = INDEX_BYTES < 16 ? INDEX_BYTES : 16, INDEX_PIECES = INDEX_BYTES / INDEX_PIECE;
+    row = thread / INDEX_PIECES, piece = thread % INDEX_PIECES * INDEX_PIECE;
+    copy_rows<ROWS, TEAM / INDEX_PIECES, INDEX_PIECE, INDEX_BYTES, true>(stage + INDICES_AT + piece,
+                                                                         from.indices + chunk * INDEX_BYTES + piece,
+                                                                         from.columns / 8, row, from.last_row);
+
+    // Of values of 8 bits ldmatrix gives a lane two neighbouring groups, for two products: the even groups of a unit are
+    // for the first, the odd ones for the second. So the activations, whose groups have 8 bytes, are put in that order.
+    constexpr int X_PIECE = BITS == 16 ? 16 : 8, X_PIECES = X_BYTES / X_PIECE;
+    static_assert(TEAM % X_PIECES == 0, "a thread copies the same piece of every row");
+    row = thread / X_PIECES, piece = thread % X_PIECES;
+    u32 place = BITS == 16 ? piece * 16 : piece / 16 * 128 + piece % 2 * 64 + piece % 16 / 2 * 8;
+    copy_rows<TOKENS, TEAM / X_PIECES, X_PIECE, X_PITCH, false>(stage + X_AT + place,
+                                                                from.x + chunk * X_BYTES + piece * X_PIECE,
+                                                                from.columns * 2, row, from.last_token);
+}
+
+// The metadata of the two products of a unit, from the nibbles of 16 groups of rows g and g + 8. Product p takes them
+// from lanes 2 p (groups 0 to 3 of a product) and 2 p + 1 (4 to 7) of a quad, row g in the lower half.
+__device__ u32 metadata_of(u32 nibbles, int t) {
 #if BITS == 16
-    u32 bytes = __byte_perm(row.nibbles[0], row.nibbles[1], 0x6420 + 0x1111 * product);
+    return __byte_perm(read_u16(nibbles + 2 * t), read_u16(nibbles + 8 * INDEX_BYTES + 2 * t), 0x5410);
 #else
-    u32 selector = 0x40 + 0x11 * product;
-    u32 bytes = __byte_perm(__byte_perm(row.nibbles[0], row.nibbles[1], selector),
-                            __byte_perm(row.nibbles[2], row.nibbles[3], selector), 0x5410);
-#endif
-    bytes = bytes >> (4 * (t & 1)) & 0x0f0f0f0f;
-    return bytes | bytes >> 4;  // in bytes 0 and 2
-}
-
-__device__ Places places(const u8 *values, const u8 *indices, const u16 *x, int tokens, int outputs, int columns,
-                         int lane) {
-    int g = lane / 4, t = lane % 4;
-    long row = (long)blockIdx.x * ROWS, token = (long)blockIdx.y * TOKENS;
-    u32 value_bytes = columns / 2 * (BITS / 8), index_bytes = columns / 8, x_bytes = columns * 2;
-    Places at;
-    at.values = values + row * value_bytes;
-    at.indices = indices + row * index_bytes;
-    at.x = (const u8 *)x + token * x_bytes;
-    for (int tile = 0; tile < ROW_TILES; ++tile)
-        for (int half = 0; half < 2; ++half) {
-            int n = 16 * tile + 8 * half + g;
-            n = row + n < outputs ? n : 0;  // a row beyond the last is not written
-            at.values_of[tile][half] = n * value_bytes + 16 * t;
-            at.indices_of[tile][half] = n * index_bytes;
-        }
-    // Even lanes read the features of the groups that lane t / 2 of the quad holds, odd lanes those of lane t / 2 + 2.
-    int block = t / 2 + 2 * (t % 2);
-    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-        at.is_token[tile] = token + 8 * tile + g < tokens;
-        at.x_of[tile] = (8 * tile + g) * x_bytes + 8 * GROUPS * block;
+    u32 rows[2];
+    for (int half = 0; half < 2; ++half) {
+        u32 four = read_u32(nibbles + half * 8 * INDEX_BYTES + t % 2 * 4) >> t / 2 * 4 & 0x0f0f0f0f;
+        rows[half] = four | four >> 4;  // in bytes 0 and 2
     }
-    return at;
+    return __byte_perm(rows[0], rows[1], 0x6420);
+#endif
 }
 
-__device__ Chunk load(const Places &at, u32 chunk) {
-    Chunk result;
-    for (int tile = 0; tile < ROW_TILES; ++tile)
-        for (int half = 0; half < 2; ++half) {
-            Row &row = result.rows[tile][half];
-            load_once(at.values + (at.values_of[tile][half] + chunk * 64), row.values);
-            load_words(at.indices + (at.indices_of[tile][half] + chunk * 2 * GROUPS), row.nibbles);
-        }
-    return result;
-}
-
-__device__ void multiply(float (&sums)[ROW_TILES][TOKEN_TILES][4], const Chunk &chunk, const Places &at, u32 number,
-                         int t) {
-    u32 metadata[ROW_TILES][GROUPS / 4];
-    for (int tile = 0; tile < ROW_TILES; ++tile)
-        for (int pass = 0; pass < GROUPS / 4; ++pass)
-            metadata[tile][pass] = __byte_perm(four_nibbles(chunk.rows[tile][0], pass, t),
-                                               four_nibbles(chunk.rows[tile][1], pass, t), 0x6420);
-    bool odd = t % 2;
-    for (int product = 0; product < PRODUCTS; ++product) {
-        u32 a[ROW_TILES][4];
+__device__ void multiply(float (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, int first_row, int lane) {
+    // Lane l gives ldmatrix the address of row l % 8 of matrix l / 8: of weights rows 0 to 7 and 8 to 15 of one piece of
+    // 16 bytes, then of the next; of activations 8 tokens of four pieces.
+    u32 a_at = stage + (first_row + lane % 16) * VALUE_PITCH + lane / 16 * 16;
+    u32 b_at = stage + X_AT + lane % 8 * X_PITCH + lane / 8 * 16;
+    u32 nibbles_at = stage + INDICES_AT + (first_row + lane / 4) * INDEX_BYTES;
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) {
+        u32 metadata[ROW_TILES], values[ROW_TILES][4], a[ROW_TILES][4];
         for (int tile = 0; tile < ROW_TILES; ++tile)
-            for (int half = 0; half < 2; ++half) {
-                const u32(&values)[4] = chunk.rows[tile][half].values;
+            metadata[tile] = metadata_of(nibbles_at + 16 * tile * INDEX_BYTES + 8 * unit, lane % 4);
+#pragma unroll
+        for (int product = 0; product < 2; ++product) {
+            for (int tile = 0; tile < ROW_TILES; ++tile) {
+                u32 tile_at = a_at + 16 * tile * VALUE_PITCH;
 #if BITS == 16
-                a[tile][half] = values[2 * product], a[tile][2 + half] = values[2 * product + 1];
+                ldmatrix(a[tile], tile_at + 64 * unit + 32 * product);
 #else
-                a[tile][half] = widened(values[product]), a[tile][2 + half] = widened(values[product] >> 16);
+                if (product == 0) ldmatrix(values[tile], tile_at + 32 * unit);
+                for (int i = 0; i < 4; ++i) a[tile][i] = widened(values[tile][i] >> 16 * product);
 #endif
             }
-        for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
-            u32 two[4] = {};  // groups: places 0, 1 and 2, 3 of the first, then of the second
-            if (at.is_token[tokens])
-                load_words(at.x + (at.x_of[tokens] + number * 2 * COLUMNS + 16 * product), two);
-            // A lane needs one half of each group, of both blocks: its neighbour has read the other block.
-            u32 b[4];
-            for (int i = 0; i < 2; ++i) {
-                u32 mine = odd ? two[2 * i + 1] : two[2 * i];
-                u32 other = __shfl_xor_sync(0xffffffff, odd ? two[2 * i] : two[2 * i + 1], 1);
-                b[2 * i] = odd ? other : mine;
-                b[2 * i + 1] = odd ? mine : other;
+#pragma unroll
+            for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
+                u32 b[4];
+                ldmatrix(b, b_at + 8 * tokens * X_PITCH + 128 * unit + 64 * product);
+                for (int tile = 0; tile < ROW_TILES; ++tile)
+                    if (product == 0)
+                        mma_sp<0>(sums[tile][tokens], a[tile], b, metadata[tile]);
+                    else
+                        mma_sp<1>(sums[tile][tokens], a[tile], b, metadata[tile]);
             }
-            for (int tile = 0; tile < ROW_TILES; ++tile)
-                if (product % 2 == 0)
-                    mma_sp<0>(sums[tile][tokens], a[tile], b, metadata[tile][product / 2]);
-                else
-                    mma_sp<1>(sums[tile][tokens], a[tile], b, metadata[tile][product / 2]);
         }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+struct alignas(8) Four {
+    u16 halves[4];
+};
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     few_tokens_linear(const u16 *x, const u8 *values, const u8 *indices, const float *scale, const u16 *bias, u16 *out,
                       int tokens, int outputs, int columns) {
-    __shared__ float total[ROWS][TOKENS + 1];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int chunks = columns / COLUMNS;
-    float sums[ROW_TILES][TOKEN_TILES][4] = {};
-    if (warp < chunks) {
-        Places at = places(values, indices, x, tokens, outputs, columns, lane);
-        Chunk next = load(at, warp);
-        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-            Chunk now = next;
-            next = load(at, chunk + WARPS < chunks ? chunk + WARPS : chunk);
-            multiply(sums, now, at, chunk, t);
-        }
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int team = warp / ROW_WARPS, thread = threadIdx.x % TEAM, first_row = 16 * ROW_TILES * (warp % ROW_WARPS);
+    int rank = blockIdx.y % CLUSTER;
+    long row = (long)(blockIdx.y / CLUSTER) * ROWS, token = (long)blockIdx.x * TOKENS;
+    Operands from = {values + row * (columns / 16 * BITS),
+                     indices + row * (columns / 8),
+                     (const u8 *)(x + token * columns),
+                     (u32)columns,
+                     (int)(outputs - row - 1),
+                     (int)(tokens - token - 1)};
+    u32 memory = shared_memory(), queue = memory + QUEUES_AT + team * (STAGES * STAGE);
+
+    int rows_here = outputs - row < ROWS ? outputs - row : ROWS;
+    int tokens_here = tokens - token < TOKENS ? tokens - token : TOKENS;
+
+    // The end wants them, and should not wait for them.
+    for (int i = 4 * threadIdx.x; i < rows_here; i += 4 * THREADS) {
+        int there = rows_here - i < 4 ? rows_here - i : 4;
+        if (scale) copy<16>(memory + 4 * i, scale + row + i, 4 * there);
+        if (bias) copy<8>(memory + BIASES_AT + 2 * i, bias + row + i, 2 * there);
     }
-    // One warp after the other: the same sum every time.
-    for (int turn = 0; turn < WARPS; ++turn) {
-        if (turn == warp)
+    // The chunks take turns among the teams of all blocks of the cluster.
+    int first = rank * TEAMS + team, step = TEAMS * CLUSTER, chunks = (columns / (64 * UNITS) - first + step - 1) / step;
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; ++i) {
+        if (i < chunks) fetch(queue + i * STAGE, from, first + i * step, thread);
+        commit_copies();
+    }
+    float sums[ROW_TILES][TOKEN_TILES][4] = {};
+#pragma unroll 1
+    for (int i = 0; i < chunks; ++i) {
+        wait_for_all_copies_but<STAGES - 2>();
+        wait_for_team(team);  // for what it has copied, and until it has multiplied what is now overwritten
+        int next = i + STAGES - 1;
+        if (next < chunks) fetch(queue + next % STAGES * STAGE, from, first + next * step, thread);
+        commit_copies();
+        multiply(sums, queue + i % STAGES * STAGE, first_row, lane);
+    }
+    wait_for_all_copies_but<0>();
+    __syncthreads();
+
+    // One team after the other, then one block after the other: the same sum every time.
+    u32 totals = memory + QUEUES_AT;
+    for (int turn = 0; turn < TEAMS; ++turn) {
+        if (turn == team)
+#pragma unroll
             for (int tile = 0; tile < ROW_TILES; ++tile)
+#pragma unroll
                 for (int tile_of_tokens = 0; tile_of_tokens < TOKEN_TILES; ++tile_of_tokens)
                     for (int i = 0; i < 4; ++i) {
-                        float &sum = total[16 * tile + 8 * (i / 2) + g][8 * tile_of_tokens + 2 * t + i % 2];
-                        sum = sums[tile][tile_of_tokens][i] + (turn ? sum : 0);
+                        u32 to = totals + (8 * tile_of_tokens + 2 * t + i % 2) * SUM_PITCH +
+                                 (first_row + 16 * tile + i / 2 * 8 + g) * 4;
+                        float sum = sums[tile][tile_of_tokens][i];
+                        write(to, turn ? __uint_as_float(read_u32(to)) + sum : sum);
                     }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < ROWS * TOKENS; i += 32 * WARPS) {
-        long n = (long)blockIdx.x * ROWS + i % ROWS, m = (long)blockIdx.y * TOKENS + i / ROWS;
-        if (n >= outputs || m >= tokens) continue;
-        float value = total[i % ROWS][i / ROWS];
-        if (scale) value *= scale[n];
-        if (bias) value += to_float(bias[n]);
-        out[m * outputs + n] = to_half(value);
+    wait_for_cluster();
+    for (int i = rank * THREADS + threadIdx.x; i < tokens_here * (ROWS / 4); i += THREADS * CLUSTER) {
+        int n = i % (ROWS / 4) * 4, m = i / (ROWS / 4);
+        float sum[4] = {};
+        for (int block = 0; block < CLUSTER; ++block) {
+            float part[4];
+            read_four(part, totals + m * SUM_PITCH + 4 * n, block);
+            for (int j = 0; j < 4; ++j) sum[j] += part[j];
+        }
+        Four result;
+        for (int j = 0; j < 4; ++j) {
+            if (scale) sum[j] *= __uint_as_float(read_u32(memory + 4 * (n + j)));
+            if (bias) sum[j] += to_float(read_u16(memory + BIASES_AT + 2 * (n + j)));
+            result.halves[j] = to_half(sum[j]);
+        }
+        u16 *to = out + (token + m) * outputs + row + n;
+        if (outputs % 4 == 0 && n < rows_here)
+            *(Four *)to = result;
+        else
+            for (int j = 0; j < 4 && n + j < rows_here; ++j) to[j] = result.halves[j];
     }
+    wait_for_cluster();  // for those who read here
 }

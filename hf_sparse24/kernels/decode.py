@@ -7,33 +7,83 @@ torch brings along, compiles it at its first use, in half a second.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_sparse24.capability import Capability
-from hf_sparse24.kernels.nvrtc import device_capability, launch, load
+from hf_sparse24.kernels.nvrtc import allow_shared_memory, device_capability, launch, load
 
 MOST_TOKENS = 64
-_ALIGNMENT = 16  # bytes, of what a lane reads at once
+# Tiles of 8 tokens of a block, by the number of tokens.
+_TOKEN_TILES = [next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= tokens) for tokens in range(MOST_TOKENS + 1)]
+_ALIGNMENT = 16  # bytes, of what a lane copies at once
 _DTYPES = (torch.float16, torch.bfloat16)
-_VALUES_OF_A_CHUNK = 64  # bytes of a row that four lanes read at once
+_UNIT = 64  # columns
+_USUAL_SHARED_MEMORY = 48 * 1024  # bytes that a block may have without asking
+_SHARED_MEMORY = {(8, 0): 164 * 1024, (8, 7): 164 * 1024, (9, 0): 228 * 1024, (10, 0): 228 * 1024, (10, 3): 228 * 1024}
+_LEAST_SHARED_MEMORY = 100 * 1024  # of a multiprocessor
+_RESERVED = 1024  # bytes of it for every block
+_BLOCKS_AT_ONCE = 2
+_MOST_STAGES = 8
+# What a multiprocessor could read while a block starts and ends, and while it waits for another of its cluster: about
+# 20 bytes a nanosecond.
+_BYTES_OF_A_START = 20_000
+_BYTES_OF_A_CLUSTER = 5_000
 
 
+class Block(NamedTuple):
+    """What a block of threads computes, and how; see `decode.cu`.
+
+    Args:
+        row_tiles (`int`): tiles of 16 rows of a warp.
+        row_warps (`int`): warps of a team, each with rows of its own.
+        teams (`int`): teams of warps, each with columns of its own.
+        token_tiles (`int`): tiles of 8 tokens.
+        units (`int`): 64 columns each, of a chunk that is copied and multiplied at once.
+        stages (`int`): chunks of a team in shared memory.
+        cluster (`int`): blocks that share the columns.
+    """
+
+    row_tiles: int
+    row_warps: int
+    teams: int
+    token_tiles: int
+    units: int
+    stages: int
+    cluster: int
+
+    @property
+    def rows(self) -> int:
+        """Of the weight."""
+        return 16 * self.row_tiles * self.row_warps
+
+    @property
+    def tokens(self) -> int:
+        """Of the activations."""
+        return 8 * self.token_tiles
+
+    @property
+    def threads(self) -> int:
+        """Of all its warps."""
+        return 32 * self.row_warps * self.teams
+
+    def shared_memory(self, value_dtype: torch.dtype) -> int:
+        """Return the bytes it needs: rows with their gaps, in a queue, or the sums in its place; scales and biases."""
+        row = self.units * (4 * 8 * value_dtype.itemsize + 8) + 16
+        stage = self.rows * row + self.tokens * (128 * self.units + 16)
+        return 6 * self.rows + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))
+
+
+@functools.cache
 def decode_capability(dtype: torch.dtype, value_dtype: torch.dtype, in_features: int) -> Capability:
     """Tell whether the kernel takes activations and packed values of these dtypes and a projection of this width."""
     if dtype not in _DTYPES or (value_dtype.itemsize == 2 and value_dtype != dtype) or value_dtype.itemsize > 2:
         return Capability(False, f"takes float16 and bfloat16 activations; got {dtype} with {value_dtype} values")
-    columns = columns_of_a_chunk(value_dtype)
-    if in_features % columns:
-        return Capability(False, f"takes in_features divisible by {columns} with {value_dtype} values")
+    if in_features % _UNIT:
+        return Capability(False, f"takes in_features divisible by {_UNIT}")
     return Capability(True, "sparse tensor cores, weights read as stored")
-
-
-def columns_of_a_chunk(value_dtype: torch.dtype) -> int:
-    """Return by what in_features must be divisible: 64 for values of 16 bits, 128 for 8 bits."""
-    return 2 * _VALUES_OF_A_CHUNK // value_dtype.itemsize
 
 
 def few_tokens_linear(
@@ -50,72 +100,135 @@ def few_tokens_linear(
     Raises:
         `ValueError`: dtypes or a width that the kernel does not take (see `decode_capability`).
     """
-    capability = decode_capability(input.dtype, weight.dtype, input.shape[-1])
+    *leading, features = input.shape
+    capability = decode_capability(input.dtype, weight.dtype, features)
     if not capability.ok:
         raise ValueError(f"The kernel for few tokens {capability.reason}.")
-    rows = input.reshape(-1, input.shape[-1]).contiguous()
+    rows = input.reshape(-1, features).contiguous()
     if rows.data_ptr() % _ALIGNMENT:  # a view from the middle of something
         rows = rows.clone()
-    _check_operands(input, weight, weight_indices, weight_scale, bias)
-    tokens, outputs = len(rows), weight.shape[0]
-    result = torch.empty(*input.shape[:-1], outputs, dtype=input.dtype, device=input.device)
+    pointers = _addresses(input, weight, weight_indices, weight_scale, bias)
+    outputs, tokens = weight.shape[0], rows.shape[0]
+    result = input.new_empty((*leading, outputs))
     if tokens and outputs:
-        device, (row_tiles, token_tiles, warps) = input.device.index, tiles(tokens, outputs)
-        kernel = _kernel(input.dtype, weight.dtype, row_tiles, token_tiles, warps, device_capability(device))
-        grid = (-(-outputs // (16 * row_tiles)), -(-tokens // (8 * token_tiles)))
-        tensors = (rows, weight, weight_indices, weight_scale, bias, result)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        launch(kernel, grid, 32 * warps, (*pointers, tokens, outputs, rows.shape[1]), device)
+        device = input.get_device()
+        token_tiles = _TOKEN_TILES[min(tokens, MOST_TOKENS)]
+        compiled = _compiled(input.dtype, weight.dtype, token_tiles, outputs, features, device)
+        grid = (-(-tokens // compiled.tokens), compiled.blocks)
+        arguments = (rows.data_ptr(), *pointers, result.data_ptr(), tokens, outputs, features)
+        launch(compiled.kernel, grid, compiled.threads, arguments, device, compiled.shared_memory)
     return result
 
 
-def _check_operands(input: Tensor, weight: Tensor, *others: Tensor | None) -> None:
-    """Raise `ValueError` for what the kernel would read wrongly."""
-    indices, scale, bias = others
-    dtypes = {torch.uint8: indices, torch.float32: scale, input.dtype: bias}
-    for dtype, tensor in dtypes.items():
-        if tensor is not None and tensor.dtype != dtype:
-            raise ValueError(f"The kernel for few tokens takes {dtype} where it got {tensor.dtype}.")
-    for tensor in (weight, *others):
-        if tensor is None:
-            continue
-        if tensor.device != input.device or not tensor.is_contiguous() or tensor.data_ptr() % _ALIGNMENT:
-            raise ValueError(
-                "The kernel for few tokens takes contiguous, 16-byte aligned tensors of one device; got one on "
-                f"{tensor.device} with strides {tensor.stride()}."
-            )
+def _addresses(
+    input: Tensor, weight: Tensor, indices: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[int, int, int, int]:
+    """Return where the operands stand.
 
-
-def tiles(tokens: int, outputs: int) -> tuple[int, int, int]:
-    """Return how many tiles of 16 rows and of 8 tokens a block computes, and with how many warps.
-
-    More rows a block read the activations less often; fewer, and more warps, give every multiprocessor enough to read.
+    Raises:
+        `ValueError`: the kernel would read one of them wrongly.
     """
-    token_tiles = next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= min(tokens, MOST_TOKENS))
-    many_rows = outputs >= 16384
-    return (
-        (4 if token_tiles >= 4 and many_rows else 2 if token_tiles >= 4 or many_rows else 1),
-        token_tiles,
-        (4 if many_rows else 8),
+    device = input.get_device()
+    addresses = (
+        weight.data_ptr(),
+        indices.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
     )
+    readable = (
+        not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % _ALIGNMENT
+        and weight.get_device() == indices.get_device() == device
+        and weight.is_contiguous()
+        and indices.is_contiguous()
+        and indices.dtype == torch.uint8
+        and (
+            scale is None or (scale.dtype == torch.float32 and scale.is_contiguous() and scale.get_device() == device)
+        )
+        and (bias is None or (bias.dtype == input.dtype and bias.is_contiguous() and bias.get_device() == device))
+    )
+    if not readable:
+        raise ValueError(
+            "The kernel for few tokens takes contiguous, 16-byte aligned tensors of one device: indices in uint8, "
+            f"scales in float32, a bias in {input.dtype}."
+        )
+    return addresses
+
+
+class _Compiled(NamedTuple):
+    """A kernel, and how to launch it: threads of a block, blocks for the outputs, tokens of a block, bytes."""
+
+    kernel: Any
+    threads: int
+    blocks: int
+    tokens: int
+    shared_memory: int
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, value_dtype: torch.dtype, *shape: Any) -> Any:
+def _compiled(
+    dtype: torch.dtype, value_dtype: torch.dtype, token_tiles: int, outputs: int, features: int, device: int
+) -> _Compiled:
+    """Return the kernel for a projection."""
+    capability, properties = device_capability(device), torch.cuda.get_device_properties(device)
+    block = tiles(token_tiles, outputs, features, value_dtype, capability, properties.multi_processor_count)
+    kernel, size = _kernel(dtype, value_dtype, block, capability), block.shared_memory(value_dtype)
+    if size > _USUAL_SHARED_MEMORY:
+        allow_shared_memory(kernel, size, device)
+    return _Compiled(kernel, block.threads, -(-outputs // block.rows) * block.cluster, block.tokens, size)
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, value_dtype: torch.dtype, block: Block, capability: tuple[int, int]) -> Any:
     """Return the kernel for one shape of blocks, which serves every device of a compute capability."""
-    *block, capability = shape
-    return load("decode.cu", "few_tokens_linear", definitions(dtype, value_dtype, *block), capability)
+    return load("decode.cu", "few_tokens_linear", definitions(dtype, value_dtype, block), capability)
 
 
-def definitions(
-    dtype: torch.dtype, value_dtype: torch.dtype, row_tiles: int, token_tiles: int, warps: int
-) -> dict[str, int]:
+def tiles(
+    token_tiles: int,
+    outputs: int,
+    features: int,
+    value_dtype: torch.dtype,
+    capability: tuple[int, int],
+    multiprocessors: int,
+) -> Block:
+    """Return the block for a projection: that with which the busiest multiprocessor has the least to read.
+
+    Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
+    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns.
+    """
+    units = 2 if features % (2 * _UNIT) == 0 else 1
+    shared_memory = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
+
+    def blocks_each(block: Block) -> int:
+        return -(-(-(-outputs // block.rows) * block.cluster) // multiprocessors)
+
+    def with_stages(block: Block) -> Block:
+        """As many as there is room for, where the blocks of a multiprocessor run side by side."""
+        most = shared_memory // min(blocks_each(block), _BLOCKS_AT_ONCE) - _RESERVED
+        chunks = -(-features // (_UNIT * units * block.cluster))
+        stages = range(2, min(_MOST_STAGES, 1 + chunks) + 1)
+        fitting = [n for n in stages if block._replace(stages=n).shared_memory(value_dtype) <= most]
+        return block._replace(stages=max(fitting, default=0))
+
+    def cost(block: Block) -> float:
+        weights = block.rows * (value_dtype.itemsize / 2 + 1 / 8)
+        read = features / block.cluster * (weights + 2 * block.tokens)
+        return blocks_each(block) * (read + _BYTES_OF_A_START) + _BYTES_OF_A_CLUSTER * (block.cluster - 1)
+
+    clusters = (1, 2, 4, 8) if capability >= (9, 0) else (1,)
+    blocks = [
+        with_stages(Block(row_tiles, row_warps, 1, token_tiles, units, 2, cluster))
+        for row_tiles, row_warps in ((1, 2), (1, 4), (2, 4), (2, 6), (2, 7), (2, 8))
+        for cluster in clusters
+    ]
+    return min((block for block in blocks if block.stages), key=cost)
+
+
+def definitions(dtype: torch.dtype, value_dtype: torch.dtype, block: Block) -> dict[str, int]:
     """Return what `decode.cu` wants to be defined."""
     return {
         "HALF": int(dtype == torch.float16),
         "BITS": 8 * value_dtype.itemsize,
         "FP8": int(value_dtype == torch.float8_e4m3fn),
-        "ROW_TILES": row_tiles,
-        "TOKEN_TILES": token_tiles,
-        "WARPS": warps,
+        **{name.upper(): value for name, value in block._asdict().items()},
     }

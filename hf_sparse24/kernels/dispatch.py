@@ -12,6 +12,7 @@ A library reads a weight in a form of its own, made once by `prepare`: the value
 in place of the indices.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,12 +20,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_sparse24.capability import Capability, backend_capability
-from hf_sparse24.kernels import reference
+from hf_sparse24.kernels import cusparselt, decode, float8, quantize_activations, reference
 from hf_sparse24.packing import PackedWeight, dtype_name
 
 logger = logging.get_logger(__name__)
 
-FEW_TOKENS = {2: 64, 1: 16}  # by bytes of a value
+FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 16, torch.float8_e4m3fn: 8}  # by dtype of the values
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 
 
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
     few_tokens: int
 
 
+@functools.cache
 def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, backend: str) -> Capability:
     """Tell whether a backend takes a packed weight on a GPU here.
 
@@ -54,17 +56,11 @@ def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, 
     if not capability.ok:
         return capability
     if backend == "cutlass":
-        from hf_sparse24.kernels.float8 import cutlass_capability
-
-        return cutlass_capability(value_dtype, out_features, in_features)
+        return float8.cutlass_capability(value_dtype, out_features, in_features)
     if backend == "cusparselt":
-        from hf_sparse24.kernels.cusparselt import cusparselt_capability
-
-        return cusparselt_capability(value_dtype, out_features, in_features)
-    from hf_sparse24.kernels.decode import decode_capability
-
+        return cusparselt.cusparselt_capability(value_dtype, out_features, in_features)
     dtype = value_dtype if value_dtype.itemsize == 2 else torch.bfloat16
-    return decode_capability(dtype, value_dtype, in_features)
+    return decode.decode_capability(dtype, value_dtype, in_features)
 
 
 def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
@@ -87,15 +83,11 @@ def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
             f"backend={backend!r} does not take a {shape[0]} x {shape[1]} weight of {dtype_name(weight.dtype)}: "
             f"{takes(backend).reason}."
         )
-    few_tokens = FEW_TOKENS[weight.itemsize] if backend == "auto" and takes("nvrtc").ok else 0
+    few_tokens = FEW_TOKENS[weight.dtype] if backend == "auto" and takes("nvrtc").ok else 0
     if backend == "cutlass" or (backend == "auto" and takes("cutlass").ok):
-        from hf_sparse24.kernels.float8 import metadata_of
-
-        return Prepared(weight, metadata_of(packed), few_tokens)
+        return Prepared(weight, float8.metadata_of(packed), few_tokens)
     if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
-        from hf_sparse24.kernels.cusparselt import compress
-
-        return Prepared(*compress(packed), few_tokens)
+        return Prepared(*cusparselt.compress(packed), few_tokens)
     return Prepared(weight, None, few_tokens)
 
 
@@ -110,7 +102,7 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     """
     if backend == "reference" or dtype not in ACTIVATIONS:
         return "reference"
-    few = metadata is None or tokens <= FEW_TOKENS[weight.itemsize]
+    few = metadata is None or tokens <= FEW_TOKENS[weight.dtype]
     if few and backend in ("auto", "nvrtc") and takes_weight(weight.dtype, *_shape(weight), "nvrtc").ok:
         return "nvrtc"
     if metadata is not None:
@@ -129,7 +121,7 @@ def routes() -> dict[str, str]:
     """
     found = {}
     for name, dtype in (("16-bit", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        few, shape = FEW_TOKENS[dtype.itemsize], (4096, 4096)  # which every kernel takes
+        few, shape = FEW_TOKENS[dtype], (4096, 4096)  # which every kernel takes
         many = next((b for b in ("cutlass", "cusparselt") if takes_weight(dtype, *shape, b).ok), "reference")
         if takes_weight(dtype, *shape, "nvrtc").ok:
             found[name] = "nvrtc" if many == "reference" else f"nvrtc up to {few} tokens, then {many}"
@@ -153,11 +145,9 @@ def linear(
 ) -> Tensor:
     """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
     rows = input.reshape(-1, input.shape[-1])
-    kernel = choose(len(rows), input.dtype, weight, weight_metadata, backend)
+    kernel = choose(rows.shape[0], input.dtype, weight, weight_metadata, backend)
     if kernel == "nvrtc":
-        from hf_sparse24.kernels.decode import few_tokens_linear
-
-        return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
+        return decode.few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
     if kernel == "reference":
         return reference.linear(input, weight, weight_indices, weight_scale, bias)
     if weight_scale is not None:
@@ -165,20 +155,17 @@ def linear(
         return scaled_linear(
             values, scale, weight, weight_indices, weight_scale, bias, input.dtype, weight_metadata, backend
         )
-    from hf_sparse24.kernels.cusparselt import matmul
-
     if input.dtype != weight.dtype:
         raise TypeError(f"the input is {dtype_name(input.dtype)}, the weight {dtype_name(weight.dtype)}")
-    out = matmul(rows, weight, weight_metadata, None, input.dtype)
-    return (out if bias is None else out.add_(bias)).view(*input.shape[:-1], weight.shape[0])
+    return cusparselt.matmul(rows, weight, weight_metadata, None, bias, input.dtype).view(
+        *input.shape[:-1], weight.shape[0]
+    )
 
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return `input` (..., K) in int8 or float8_e4m3fn and its scale (..., 1) in float32."""
     if not backend_capability("nvrtc").ok:
         return reference.quantize_per_token(input, dtype)
-    from hf_sparse24.kernels import quantize_activations
-
     return quantize_activations.quantize_per_token(input, dtype)
 
 
@@ -211,12 +198,10 @@ def _through_cutlass(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    from hf_sparse24.kernels import float8
-
-    if not len(rows):
+    if not rows.shape[0]:
         return rows.new_empty(0, weight.shape[0], dtype=dtype)
     if scale is None:
-        scale = torch.ones(len(rows), device=rows.device)
+        scale = torch.ones(rows.shape[0], device=rows.device)
     return float8.scaled_linear(rows.contiguous(), scale, weight, metadata, weight_scale, bias, dtype)
 
 
@@ -230,17 +215,16 @@ def _through_cusparselt(
     dtype: torch.dtype,
 ) -> Tensor:
     """INT8 has the weight's scales in the product; the other scales and the bias are a second pass."""
-    from hf_sparse24.kernels.cusparselt import matmul
-    from hf_sparse24.kernels.quantize_activations import scale_product_
-
     in_product = weight_scale if weight.dtype == torch.int8 else None
     # In bfloat16 whatever the result: without the token's scale a sum can be beyond float16.
-    product = matmul(rows, weight, metadata, in_product, torch.bfloat16)
+    product = cusparselt.matmul(rows, weight, metadata, in_product, None, torch.bfloat16)
     if scale is None and in_product is not None and bias is None and dtype == torch.bfloat16:
         return product
     if scale is None:
         scale = torch.ones(len(rows), device=rows.device)
-    return scale_product_(product, scale, None if in_product is not None else weight_scale, bias, dtype)
+    return quantize_activations.scale_product_(
+        product, scale, None if in_product is not None else weight_scale, bias, dtype
+    )
 
 
 for _operator in (linear, quantize_per_token, scaled_linear):

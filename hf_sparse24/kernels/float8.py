@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.packing import PackedWeight, scatter_values
 
-_OUTPUTS, _INPUTS = 64, 128  # features come in multiples of these
+_OUTPUTS, _INPUTS = 64, 16  # features come in multiples of these
 
 
 def cutlass_capability(value_dtype: torch.dtype, out_features: int, in_features: int) -> Capability:

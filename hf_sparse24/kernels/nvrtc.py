@@ -68,8 +68,9 @@ def allow_shared_memory(kernel: Any, size: int, device: int) -> None:
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    with torch.cuda.device(device):
-        _checked(driver.cuFuncSetAttribute(kernel, attribute, size))
+    (number,) = _checked(driver.cuDeviceGet(device))
+    # A kernel of a library takes the place of a function in a launch, and only there.
+    _checked(driver.cuKernelSetAttribute(attribute, size, driver.CUkernel(int(kernel)), number))
 
 
 def launch(

@@ -18,6 +18,7 @@ from hf_sparse24.packing import SMALLEST_TOKEN_SCALE
 
 ROWS = 16  # of the tiles that 8-bit tensor cores take
 _BYTES = 16  # that a thread reads at once
+_THREADS = 256
 _INPUTS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 17}
 _SMALLEST_BITS = struct.unpack("<I", struct.pack("<f", SMALLEST_TOKEN_SCALE))[0]
 
@@ -31,16 +32,17 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     """
     *leading, features = input.shape
     rows = input.reshape(-1, features)
-    if rows.stride(-1) != 1:
+    if rows.stride(1) != 1:
         rows = rows.contiguous()
-    tokens = len(rows)
-    quantized = torch.empty(-(-tokens // ROWS) * ROWS, features, dtype=dtype, device=input.device)[:tokens]
-    scale = torch.empty(*leading, 1, dtype=torch.float32, device=input.device)
+    tokens = rows.shape[0]
+    padding = -tokens % ROWS
+    quantized = input.new_empty((tokens + padding, features), dtype=dtype)
+    if padding:
+        quantized = quantized[:tokens]
+    scale = input.new_empty((*leading, 1), dtype=torch.float32)
     if tokens and features:
-        device = input.device.index
-        width = _width(rows)
-        threads, vectors = block(features, width)
-        kernel = _quantize_token(rows.dtype, dtype, width, vectors, threads, device_capability(device))
+        device = input.get_device()
+        kernel, threads = _quantize_token(rows.dtype, dtype, features, _width(rows), device)
         pointers = (rows.data_ptr(), quantized.data_ptr(), scale.data_ptr())
         launch(kernel, (tokens, 1), threads, (*pointers, rows.stride(0), features, _SMALLEST_BITS), device)
     return quantized.view(input.shape), scale
@@ -60,11 +62,11 @@ def scale_product_(
     """
     tokens, outputs = product.shape
     if tokens:
-        device, threads = product.device.index, 256
-        kernel = _scale_product(dtype, threads, device_capability(device))
+        device = product.get_device()
         optional = (0 if tensor is None else tensor.data_ptr() for tensor in (weight_scale, bias))
         arguments = (product.data_ptr(), token_scale.data_ptr(), *optional, outputs)
-        launch(kernel, (tokens, -(-outputs // (8 * threads))), threads, arguments, device)
+        grid = (tokens, -(-outputs // (8 * _THREADS)))
+        launch(_scale_product(dtype, device), grid, _THREADS, arguments, device)
     return product.view(dtype)
 
 
@@ -95,13 +97,16 @@ def _width(rows: Tensor) -> int:
 
 
 @functools.cache
-def _quantize_token(dtype: torch.dtype, quantized: torch.dtype, *shape: Any) -> Any:
-    *sizes, capability = shape
-    names = definitions(dtype, quantized, *sizes)
-    return load("quantize_activations.cu", "quantize_token", names, capability)
+def _quantize_token(
+    dtype: torch.dtype, quantized: torch.dtype, features: int, width: int, device: int
+) -> tuple[Any, int]:
+    """Return the kernel for tokens of a width, and the threads of a block."""
+    threads, vectors = block(features, width)
+    names = definitions(dtype, quantized, width, vectors, threads)
+    return load("quantize_activations.cu", "quantize_token", names, device_capability(device)), threads
 
 
 @functools.cache
-def _scale_product(dtype: torch.dtype, threads: int, capability: tuple[int, int]) -> Any:
-    names = definitions(dtype, torch.int8, 1, 1, threads)
-    return load("quantize_activations.cu", "scale_product", names, capability)
+def _scale_product(dtype: torch.dtype, device: int) -> Any:
+    names = definitions(dtype, torch.int8, 1, 1, _THREADS)
+    return load("quantize_activations.cu", "scale_product", names, device_capability(device))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse24.capability import check_backend
-from hf_sparse24.kernels import dispatch
+from hf_sparse24.kernels import decode, dispatch
 from hf_sparse24.nn.shared_input import SharedInput
 from hf_sparse24.packing import (
     QUANTIZED_DTYPES,
@@ -193,12 +193,14 @@ class Sparse24Linear(nn.Linear):
     def _without_gradients(self, input: Tensor) -> Tensor:
         """Run on a GPU: called directly where nobody traces, since the dispatcher costs as much as a launch."""
         compiling = torch.compiler.is_compiling()
-        run = torch.ops.hf_sparse24 if compiling or type(input) is not Tensor else dispatch
-        metadata = self._current_metadata()
-        weight = (self.weight, self.weight_indices, self.weight_scale)
-        how = (metadata, self.backend)
+        direct = not compiling and type(input) is Tensor
         few = input.numel() <= self._few_tokens * self.in_features
-        if self.quantization is None or metadata is None or few or input.dtype not in dispatch.ACTIVATIONS:
+        if few and direct:
+            return decode.few_tokens_linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)
+        run = dispatch if direct else torch.ops.hf_sparse24
+        how = (self._current_metadata(), self.backend)
+        weight = (self.weight, self.weight_indices, self.weight_scale)
+        if self.quantization is None or how[0] is None or few or input.dtype not in dispatch.ACTIVATIONS:
             return run.linear(input, *weight, self.bias, *how)
         if not compiling:
             values, scale = self._quantized(input)

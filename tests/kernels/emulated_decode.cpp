@@ -1,4 +1,21 @@
+#define WARPS (ROW_WARPS * TEAMS)
 #include "emulated_gpu.h"
+
+static uint32_t shared_memory() { return 0; }
+template <int BYTES>
+static void copy(uint32_t to, const void *from, int available = BYTES) {
+    start_copy(to, from, BYTES, available);
+}
+template <int GROUPS>
+static void wait_for_all_copies_but() {
+    wait_for_copies(GROUPS);
+}
+static void wait_for_team(int team) { wait_at(current->block->barriers[team + 1], 32 * ROW_WARPS); }
+
+static uint32_t read_u16(uint32_t from) { return *(uint16_t *)shared(from, 2); }
+static uint32_t read_u32(uint32_t from) { return *(uint32_t *)shared(from, 4); }
+static void write(uint32_t to, float value) { *(float *)shared(to, 4) = value; }
+static void read_four(float (&to)[4], uint32_t from, int rank) { memcpy(to, shared(from, 16, rank), 16); }
 
 #if HALF
 static float to_float(uint16_t bits) { return from_half(bits); }
@@ -17,19 +34,13 @@ static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
     return result;
 }
 
-template <int WORDS>
-static void load_words(const unsigned char *from, uint32_t (&to)[WORDS]) {
-    memcpy(to, from, sizeof to);
-}
-static void load_once(const void *from, uint32_t (&to)[4]) { memcpy(to, from, sizeof to); }
-
 // mma.sp::ordered_metadata.m16n8k32 with 16-bit operands: lane 4 g + t has the pairs of slots t and 4 + t of rows g and
 // g + 8 of A; places 2 t, 2 t + 1 of column g of B, eight further for each register; columns 2 t, 2 t + 1 of rows g and
 // g + 8 of D. Lanes 2 SELECTOR and 2 SELECTOR + 1 of a quad have the nibbles of slots 0 to 3 and 4 to 7, row g in the
 // lower half.
 template <int SELECTOR>
 static void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
-    auto &warp = exchanged[threadIdx.x / 32];
+    auto &warp = current->block->exchanged[threadIdx.x / 32];
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     memcpy(warp[lane], a, sizeof a);
     memcpy(warp[lane] + 4, b, sizeof b);
@@ -53,7 +64,8 @@ static void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]
 
 #include "decode.cu"
 
-extern "C" void run(int width, int height, const u16 *x, const u8 *values, const u8 *indices, const float *scale,
-                    const u16 *bias, u16 *out, int tokens, int outputs, int columns) {
-    emulate(width, height, few_tokens_linear, x, values, indices, scale, bias, out, tokens, outputs, columns);
+extern "C" void run(int width, int height, int shared_bytes, const u16 *x, const u8 *values, const u8 *indices,
+                    const float *scale, const u16 *bias, u16 *out, int tokens, int outputs, int columns) {
+    emulate(width, height, shared_bytes, few_tokens_linear, x, values, indices, scale, bias, out, tokens, outputs,
+            columns);
 }

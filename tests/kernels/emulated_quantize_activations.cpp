@@ -17,10 +17,10 @@ static uint8_t to_e4m3(float value) {
 
 extern "C" void quantize(int width, int height, const Element *input, u8 *output, float *scales, int stride,
                          int features, float smallest) {
-    emulate(width, height, quantize_token, input, output, scales, stride, features, smallest);
+    emulate(width, height, 0, quantize_token, input, output, scales, stride, features, smallest);
 }
 
 extern "C" void scale(int width, int height, u16 *product, const float *token_scales, const float *weight_scales,
                       const u16 *bias, int outputs) {
-    emulate(width, height, scale_product, product, token_scales, weight_scales, bias, outputs);
+    emulate(width, height, 0, scale_product, product, token_scales, weight_scales, bias, outputs);
 }

@@ -1,4 +1,4 @@
-"""CUDA C++ of the package on an emulated GPU: compiled for the CPU, every lane a thread."""
+"""CUDA C++ of the package on an emulated GPU: compiled for the CPU, every lane a fiber."""
 
 import ctypes
 import functools

@@ -5,12 +5,14 @@ import threading
 import pytest
 import torch
 
+from hf_sparse24.capability import has_nvmath
 from hf_sparse24.kernels import cusparselt, cusparselt_plans
 from hf_sparse24.kernels.autotune import Choice, Choices, bucket
-from hf_sparse24.kernels.cusparselt import compress, cusparselt_capability, is_compressed, matmul
+from hf_sparse24.kernels.cusparselt import compress, cusparselt_capability, matmul
 from hf_sparse24.packing import pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
 
+needs_nvmath = pytest.mark.skipif(not has_nvmath(), reason="nvmath-python is not installed")
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -59,28 +61,44 @@ class TestOnAGpu:
     def test_equals_the_product_in_float64(self, tokens, outputs, features, dtype, integer):
         x, packed, values, metadata = operands(tokens, outputs, features, dtype, integer)
         assert torch.equal(values, packed.weight)
-        assert is_compressed(values, metadata)
+        assert metadata.data_ptr() == values.data_ptr() + values.nbytes
         for _ in range(2):  # as tuned, and from the plan that was kept
-            check(matmul(x, values, metadata, packed.weight_scale, dtype), x, packed, dtype)
+            check(matmul(x, values, metadata, packed.weight_scale, None, dtype), x, packed, dtype)
 
     def test_what_stands_behind_the_last_token_has_no_part(self):
         x, packed, values, metadata = operands(17, 128, 128, torch.bfloat16, False)
         room = torch.full((24, 128), torch.nan, dtype=x.dtype, device="cuda")
         room[:17] = x
-        check(matmul(room[:17], values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
+        check(matmul(room[:17], values, metadata, None, None, torch.bfloat16), x, packed, torch.bfloat16)
 
     @pytest.mark.parametrize("integer", [False, True])
     def test_without_nvmath_torch_runs_it(self, integer, monkeypatch):
         monkeypatch.setattr(cusparselt, "has_nvmath", lambda: False)
         x, packed, values, metadata = operands(17, 128, 256, torch.bfloat16, integer)
-        check(matmul(x, values, metadata, packed.weight_scale, torch.bfloat16), x, packed, torch.bfloat16)
+        check(matmul(x, values, metadata, packed.weight_scale, None, torch.bfloat16), x, packed, torch.bfloat16)
 
+    @pytest.mark.parametrize("integer", [False, True])
+    def test_copies_that_do_not_follow_each_other(self, integer):
+        x, packed, values, metadata = operands(17, 128, 256, torch.bfloat16, integer)
+        copies = values.clone(), metadata.clone()
+        check(matmul(x, *copies, packed.weight_scale, None, torch.bfloat16), x, packed, torch.bfloat16)
+
+    def test_each_call_has_its_own_bias(self):
+        x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
+        exact = x.double() @ unpack_weight(packed).double().t()
+        biases = [torch.randn(256, device="cuda").bfloat16() for _ in range(3)]
+        results = [matmul(x, values, metadata, None, bias, torch.bfloat16) for bias in biases]
+        for result, bias in zip(results, biases, strict=True):
+            expected = exact + bias.double()
+            assert ((result.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4).all()
+
+    @needs_nvmath
     def test_threads_share_plans(self):
         x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
         results = []
 
         def run():
-            results.extend(matmul(x, values, metadata, None, torch.bfloat16) for _ in range(20))
+            results.extend(matmul(x, values, metadata, None, None, torch.bfloat16) for _ in range(20))
             torch.cuda.synchronize()
 
         threads = [threading.Thread(target=run) for _ in range(4)]
@@ -93,18 +111,20 @@ class TestOnAGpu:
             check(result, x, packed, torch.bfloat16)
         assert len(cusparselt._open(0)._plans) == 1
 
+    @needs_nvmath
     def test_plans_are_bounded(self, monkeypatch):
         monkeypatch.setattr(cusparselt_plans, "_KEPT", 2)
         for tokens in (8, 16, 24, 32):
             x, packed, values, metadata = operands(tokens, 128, 128, torch.bfloat16, False)
-            check(matmul(x, values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
+            check(matmul(x, values, metadata, None, None, torch.bfloat16), x, packed, torch.bfloat16)
         assert [problem.tokens for problem in cusparselt._open(0)._plans] == [24, 32]
 
+    @needs_nvmath
     def test_a_choice_that_the_library_refuses_is_searched_anew(self):
         x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
         library = cusparselt._open(0)
-        problem = cusparselt_plans.Problem(256, 256, 64, torch.bfloat16, torch.bfloat16)
+        problem = cusparselt_plans.Problem(256, 256, 64, torch.bfloat16, torch.bfloat16, False)
         key = library._key(problem, bucket(64))
         cusparselt_plans.choices.find(key, lambda: [(10**6, 1)], lambda *_: 1.0)
-        check(matmul(x, values, metadata, None, torch.bfloat16), x, packed, torch.bfloat16)
+        check(matmul(x, values, metadata, None, None, torch.bfloat16), x, packed, torch.bfloat16)
         assert isinstance(cusparselt_plans.choices.known(key), Choice)

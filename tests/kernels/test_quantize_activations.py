@@ -1,15 +1,12 @@
 """Quantization and scaling of activations against the reference: on a GPU as compiled, else on an emulated one."""
 
-import ctypes
-
 import pytest
 import torch
 
 from hf_sparse24.kernels import quantize_activations, reference
 from hf_sparse24.kernels.quantize_activations import ROWS, block, definitions, quantize_per_token, scale_product_
-from hf_sparse24.packing import SMALLEST_TOKEN_SCALE
 
-from .emulation import emulator
+from .emulated_device import launch, load
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 QUANTIZED = [torch.int8, torch.float8_e4m3fn]
@@ -18,26 +15,18 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 @pytest.fixture(autouse=True)
 def emulated_where_there_is_no_gpu(monkeypatch):
-    """Take the place of compiling and launching, so that all else is what runs on a GPU."""
+    """Let a CPU stand in for a GPU: not a layer is involved, so that only the kernels need be."""
     if torch.cuda.is_available():
+        yield
         return
-
-    def load(file, function, names, capability):
-        library = emulator(file.removesuffix(".cu"), **names)
-        return getattr(library, {"quantize_token": "quantize", "scale_product": "scale"}[function])
-
-    def launch(kernel, grid, threads, arguments, device):
-        integers = 3 if kernel.__name__ == "quantize" else 1
-        pointers, numbers = arguments[:-integers], arguments[-integers:]
-        if kernel.__name__ == "quantize":
-            numbers = (*numbers[:2], ctypes.c_float(SMALLEST_TOKEN_SCALE))
-        kernel(*grid, *map(ctypes.c_void_p, pointers), *numbers)
-
-    monkeypatch.setattr(quantize_activations, "load", load)
-    monkeypatch.setattr(quantize_activations, "launch", launch)
-    monkeypatch.setattr(quantize_activations, "device_capability", lambda device: (9, 0))
-    for cached in (quantize_activations._quantize_token, quantize_activations._scale_product):
-        cached.cache_clear()
+    for name, function in (("load", load), ("launch", launch), ("device_capability", lambda device: (9, 0))):
+        monkeypatch.setattr(quantize_activations, name, function)
+    kernels = quantize_activations._quantize_token, quantize_activations._scale_product
+    for kernel in kernels:
+        kernel.cache_clear()
+    yield
+    for kernel in kernels:
+        kernel.cache_clear()
 
 
 def same(actual, expected):

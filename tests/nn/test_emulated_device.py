@@ -1,0 +1,123 @@
+"""Packed layers on an emulated GPU: the way from a layer to every kernel, and back."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_sparse24 import pack_, prune_, set_backend_
+from hf_sparse24.kernels import dispatch
+from hf_sparse24.kernels.dispatch import FEW_TOKENS, choose
+from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.packing import unpack_weight
+from hf_sparse24.pattern import prune_2to4
+from tests.kernels.emulated_device import emulated_device
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no emulation")
+# Relative error of a product: rounding to bfloat16; 8-bit activations of normal numbers on top, see test_ops.
+ERROR = {None: 0.004, "int8": 0.015, "fp8": 0.05}
+BACKENDS = {None: ["cusparselt", "nvrtc", "reference"], "int8": ["cusparselt", "nvrtc", "reference"]}
+BACKENDS["fp8"] = [*BACKENDS["int8"], "cutlass"]
+
+
+@pytest.fixture
+def device(monkeypatch):
+    with emulated_device(monkeypatch) as library:
+        yield library
+
+
+def pruned_linear(outputs, features, bias, dtype=torch.bfloat16):
+    linear = nn.Linear(features, outputs, bias, dtype=dtype)
+    linear.weight.data = prune_2to4(linear.weight.data)
+    linear.weight.data[0, :16] = 0
+    return linear.requires_grad_(False)
+
+
+def assert_right(layer, x):
+    """Compare with float64 on the weight as it was packed."""
+    exact = nn.functional.linear(x.double(), unpack_weight(layer.packed).double())
+    exact = exact if layer.bias is None else exact + layer.bias.double()
+    result = layer(x)
+    assert (result.dtype, result.shape) == (x.dtype, exact.shape)
+    assert (result.double() - exact).norm() <= ERROR[layer.quantization] * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("quantization", list(ERROR))
+def test_every_number_of_tokens(quantization, bias, dtype, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 192, bias, dtype), quantization)
+    for tokens in (1, 9, 70):
+        assert_right(layer, torch.randn(tokens, 192).to(dtype))
+    assert_right(layer, torch.randn(2, 3, 192).to(dtype))
+    assert layer(torch.empty(0, 192, dtype=dtype)).shape == (0, 128)
+    assert bool(device.problems) == (quantization != "fp8")
+
+
+@pytest.mark.parametrize("quantization", list(ERROR))
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_every_backend(quantization, tokens, device):
+    for backend in BACKENDS[quantization]:
+        layer = Sparse24Linear.from_linear(pruned_linear(128, 128, True), quantization, backend)
+        x = torch.randn(tokens, 128).bfloat16()
+        assert choose(tokens, x.dtype, layer.weight, layer.weight_metadata, backend) == backend
+        assert_right(layer, x)
+
+
+def test_the_kernel_changes_where_it_is_said_to(device, monkeypatch):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
+    few = FEW_TOKENS[layer.weight.dtype]
+    layer(torch.randn(few, 128).bfloat16())
+    assert not device.problems
+    layer(torch.randn(few + 1, 128).bfloat16())
+    assert [problem.tokens for problem in device.problems] == [32]
+
+
+def test_a_shape_that_no_library_takes(device):
+    layer = Sparse24Linear.from_linear(pruned_linear(24, 64, True), None)
+    assert layer.weight_metadata is None
+    for tokens in (1, 70):
+        assert_right(layer, torch.randn(tokens, 64).bfloat16())
+    layer = Sparse24Linear.from_linear(pruned_linear(24, 40, True), "int8")  # neither does the package's own kernel
+    assert_right(layer, torch.randn(5, 40).bfloat16())
+
+
+def test_an_ampere_gpu_runs_fp8_weights_with_16_bit_activations(monkeypatch):
+    with emulated_device(monkeypatch, (8, 0)) as library:
+        layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "fp8")
+        assert_right(layer, torch.randn(70, 128).bfloat16())
+        assert not library.problems
+        with pytest.raises(ValueError, match=r"need compute capability 8\.9 or newer; quantization='int8' runs here"):
+            Sparse24Linear.from_linear(pruned_linear(128, 128, False), "fp8", "cusparselt")
+
+
+def test_an_ada_gpu_runs_fp8_through_cusparselt(monkeypatch):
+    with emulated_device(monkeypatch, (8, 9)) as library:
+        layer = Sparse24Linear.from_linear(pruned_linear(128, 128, True), "fp8")
+        assert_right(layer, torch.randn(70, 128).bfloat16())
+        assert len(library.problems) == 1
+
+
+def test_a_model_packs_runs_and_changes_its_backend(device, monkeypatch, magnitude):
+
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    model = LlamaForCausalLM(config).bfloat16().eval()
+    quantized, quantize = [], dispatch.quantize_per_token
+    prune_(model, magnitude())
+    ids = torch.randint(0, 64, (2, 40))
+    with torch.no_grad():
+        dense = model(ids).logits.float()
+        pack_(model, "int8")
+        monkeypatch.setattr(dispatch, "quantize_per_token", lambda *a: quantized.append(1) or quantize(*a))
+        packed = model(ids).logits.float()
+        # The input of q, k and v, that of o, that of gate and up, and that of down.
+        assert len(quantized) == 4
+        assert len(device.problems) == 7
+        assert (packed - dense).norm() <= 0.1 * dense.norm()
+        set_backend_(model, "nvrtc")
+        assert (model(ids).logits.float() - dense).norm() <= 0.1 * dense.norm()
+        assert len(device.problems) == 7
+        with pytest.raises(ValueError, match=r"backend='cutlass' does not take model\.layers\.0\.self_attn\.q_proj"):
+            set_backend_(model, "cutlass")
