@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from hf_sparse24 import Sparse24Config, prune_, sparsity_report
+from hf_sparse24 import Sparse24Callback, Sparse24Config, prune_, sparsity_report
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 COMMON = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True}
@@ -109,3 +109,22 @@ def test_instructions_with_trl(extra, folder, tiny_llama, tmp_path):
     assert sparsity_report(trained).totals["matrices_2to4"] == 14
     weights = tiny_llama.state_dict()
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in trained.state_dict().items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_with_the_callback_alone(tiny_llama, tmp_path):
+    import datasets
+    from trl import SFTConfig, SFTTrainer
+
+    prune_(tiny_llama, Sparse24Config(method="magnitude"))
+    save_tokenizer(tmp_path)
+    trainer = SFTTrainer(
+        model=tiny_llama,
+        args=SFTConfig(str(tmp_path / "out"), bf16=False, save_strategy="no", disable_tqdm=True, **COMMON),
+        train_dataset=datasets.Dataset.from_dict({"text": [f"w{number} w4 w5 w6" for number in range(10, 30)]}),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(tmp_path),
+        callbacks=[Sparse24Callback()],
+    )
+    trainer.train()
+    assert sparsity_report(tiny_llama).totals["violating_groups"] == 0
+    assert trainer.state.log_history[0]["sparse24_violations"] == 0
