@@ -1,7 +1,11 @@
 """2:4 structured sparsity for transformers: prune, quantize, pack, retrain and publish.
 
-Importing the package registers `quant_method: "sparse24"` with transformers.
+Importing the package registers `quant_method: "sparse24"` with transformers. What trains is imported when it is first
+named, since transformers' Trainer takes seconds.
 """
+
+import importlib
+from typing import Any
 
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
@@ -14,9 +18,12 @@ from hf_sparse24.version import __version__
 
 __all__ = [
     "Capability",
+    "Sparse24Callback",
     "Sparse24Config",
     "Sparse24HfQuantizer",
     "Sparse24Linear",
+    "Sparse24Trainer",
+    "Sparse24TrainingArguments",
     "SparsityReport",
     "SparsityRow",
     "__version__",
@@ -28,3 +35,16 @@ __all__ = [
     "sparsity_report",
     "unpack_",
 ]
+
+_TRAINING = {
+    "Sparse24Callback": "callback",
+    "Sparse24Trainer": "trainer",
+    "Sparse24TrainingArguments": "arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what trains when it is first asked for."""
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.training.{_TRAINING[name]}"), name)

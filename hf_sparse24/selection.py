@@ -234,7 +234,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str, Tens
             if parameter.ndim < 2 or "bias" in key or key == "weight_indices" or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = module_name if key == "weight" else f"{module_name}.{key}".lstrip(".")
+            name = module_name.removesuffix(".base_layer") if key == "weight" else f"{module_name}.{key}".lstrip(".")
             yield name, module_name, module, key, parameter
 
 
@@ -255,8 +255,8 @@ def _input_dim(module: nn.Module) -> int:
 
 def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Tensor) -> str | None:
     """Why this matrix can never become 2:4, whatever the user asks."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
+    if isinstance(module, nn.Embedding) or ".lora_" in name:
+        return "embedding" if isinstance(module, nn.Embedding) else "adapter"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "convolution"
     if is_router(name, module):
@@ -309,8 +309,8 @@ def _target_matcher(
     if isinstance(target_modules, frozenset):
         return target_modules.__contains__
     if isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
-        return lambda name: pattern.fullmatch(name) is not None
+        fullmatch = re.compile(target_modules).fullmatch
+        return lambda name: fullmatch(name) is not None
     suffixes = tuple(target_modules)
     return lambda name: any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)
 

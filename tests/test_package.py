@@ -27,6 +27,18 @@ def test_the_package_imports_without_what_it_uses_rarely(missing):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("missing", ["datasets", "trl"])
+def test_training_imports_without_what_examples_use(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from hf_sparse24 import Sparse24Trainer"
+    code = "import torch, transformers; from transformers import Trainer\n" + code
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_does_not_import_the_trainer():
+    code = "import sys, hf_sparse24; assert 'transformers.trainer' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_are_short_and_check_their_input_with_errors(path):
     source = path.read_text(encoding="utf8")

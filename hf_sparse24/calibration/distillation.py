@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hf_sparse24.calibration.blocks import Batch, Stream, block_names, hidden_of, model_inputs
 from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_, mixed_precision
 from hf_sparse24.calibration.matching import trained_parameters
+from hf_sparse24.divergence import kl_divergence, squared_error
 
 
 def distill_(
@@ -96,33 +95,15 @@ def _riding_along(block: nn.Module, states: Tensor | None = None) -> Iterator[li
 
 
 def _divergence(output: Any, batch: Batch) -> Tensor:
-    """Compare the first half of the model's output with the second, token by token, padding left out.
-
-    One sequence at a time, whose logarithms of softmax are made again for the gradient: they are several times as
-    large as the logits, and those are the largest tensor of a language model.
-    """
+    """Compare the first half of the model's output with the second, token by token, padding left out."""
     states = output.get("logits")
-    compare = _squared_error if states is None else _kullback_leibler
     student, teacher = (output["last_hidden_state"] if states is None else states).chunk(2)
     kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     for key in ("decoder_attention_mask", "attention_mask"):
         if batch.get(key) is not None and batch[key].shape == kept.shape:
             kept = batch[key].to(student.device).bool()
             break
-    pairs = zip(student, teacher.detach(), kept, strict=True)
-    sums = [checkpoint(compare, own, other, tokens, use_reentrant=False) for own, other, tokens in pairs]
-    errors, sizes = torch.stack(sums).sum(0)
-    return errors / sizes
-
-
-def _kullback_leibler(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
-    """Return the sum of the divergences of a sequence's tokens, and their number."""
-    own, other = student[kept].float().log_softmax(-1), teacher[kept].float().log_softmax(-1)
-    error = F.kl_div(own, other, reduction="sum", log_target=True)
-    return torch.stack([error, error.new_tensor(len(own))])
-
-
-def _squared_error(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
-    """Return the squared error of a sequence's hidden states, and the teacher's sum of squares."""
-    own, other = student[kept].float(), teacher[kept].float()
-    return torch.stack([(own - other).square().sum(), other.square().sum()])
+    if states is not None:
+        return kl_divergence(student, teacher, kept) / kept.sum()
+    error, size = squared_error(student, teacher, kept)
+    return error / size

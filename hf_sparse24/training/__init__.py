@@ -1,0 +1,1 @@
+"""Retraining: masks, their policies, distillation, and what carries them through transformers' Trainer."""
