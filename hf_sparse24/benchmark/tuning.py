@@ -33,8 +33,8 @@ def token_counts(value_dtype: torch.dtype, most: int = MOST_TOKENS) -> list[int]
     """Return the powers of two for which a library multiplies values of a dtype, up to a number of tokens.
 
     ```python
-    >>> token_counts(torch.int8, 128)
-    [32, 64, 128]
+    >>> token_counts(torch.int8, 256)
+    [64, 128, 256]
 
     ```
     """

@@ -31,7 +31,7 @@ def test_a_layer_finds_what_was_tuned(tmp_path, monkeypatch):
     found = list(tune([Shape(256, 512), Shape(24, 512)], [None, "int8"], torch.device("cuda"), 256))
     assert [(row.shape, row.dtype, row.tokens) for row in found] == [
         *(("256x512", "bf16", tokens) for tokens in (128, 256)),
-        *(("256x512", "int8", tokens) for tokens in (32, 64, 128, 256)),
+        *(("256x512", "int8", tokens) for tokens in (64, 128, 256)),
     ]
     assert all(row.microseconds > 0 for row in found)
     linear = torch.nn.Linear(512, 256, bias=False, device="cuda", dtype=torch.bfloat16)
@@ -51,5 +51,5 @@ def test_the_shapes_of_an_8b_model_take_less_than_20_seconds(tmp_path, monkeypat
     cusparselt._open.cache_clear()
     shapes = [Shape(4096, 4096), Shape(1024, 4096), Shape(14336, 4096), Shape(4096, 14336)]
     started = time.perf_counter()
-    assert len(list(tune(shapes, [None, "int8"], torch.device("cuda")))) == 4 * (8 + 10)
+    assert len(list(tune(shapes, [None, "int8"], torch.device("cuda")))) == 4 * (8 + 9)
     assert time.perf_counter() - started < 20
