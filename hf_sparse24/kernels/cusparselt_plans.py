@@ -25,7 +25,7 @@ _ROW_ORDER, _COLUMN_ORDER = 2, 1
 _NOT_TRANSPOSED, _TRANSPOSED = 0, 1
 _ALIGNMENT = 16
 _SPLITS = (1, 2, 4)  # Hopper refuses all but 1
-# On an H100 a search over the algorithms for float16 ended in an illegal instruction (0.8.0); the default one always ran.
+# On an H100 (0.8.0) a search over float16's algorithms ended in an illegal instruction; the default one always ran.
 _NOT_SEARCHED = (torch.float16,)
 _WARM_UPS, _TIMED = 2, 5
 _KEPT = 2048  # plans a device, some kilobytes each
