@@ -121,6 +121,16 @@ def scatter_values(values: Tensor, indices: Tensor) -> Tensor:
     return dense
 
 
+def ones_in_places(packed: PackedWeight) -> Tensor:
+    """Return a dense (..., N, K) tensor in the dtype of the values: one where a value is kept, also a zero, else zero.
+
+    From it a library makes its own form of the indices; from the weight it would drop the zeros that format 1 keeps.
+    """
+    one = bits_of(torch.ones((), dtype=torch.float32).to(packed.weight.dtype))
+    ones = torch.full(packed.weight.shape, int(one), dtype=one.dtype, device=packed.weight.device)
+    return scatter_values(ones.view(packed.weight.dtype), packed.weight_indices)
+
+
 def quantize_rows(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
     """Quantize symmetrically, one scale an output channel.
 

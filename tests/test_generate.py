@@ -27,6 +27,7 @@ def dense(magnitude):
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=512,
+            initializer_range=0.1,  # so large that no projection can be wrong unnoticed
         )
     )
     model = model.to("cuda", torch.bfloat16).eval()

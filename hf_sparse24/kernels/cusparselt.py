@@ -16,7 +16,7 @@ from transformers.utils import logging
 from hf_sparse24.capability import Capability, gpu_capability, has_nvmath
 from hf_sparse24.kernels.autotune import Choice
 from hf_sparse24.kernels.cusparselt_plans import Library, Operands, Problem
-from hf_sparse24.packing import PackedWeight, dtype_name, pack_weight, scatter_values
+from hf_sparse24.packing import PackedWeight, dtype_name, ones_in_places, pack_weight
 from hf_sparse24.pattern import prune_2to4
 
 logger = logging.get_logger(__name__)
@@ -52,9 +52,7 @@ def compress(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     Returns:
         `tuple[Tensor, Tensor]`: the values of format 1, and the metadata as bytes, two views of one buffer.
     """
-    # The library drops zeros that format 1 keeps, so its metadata are made from ones in their places.
-    ones = scatter_values(torch.ones_like(packed.weight, dtype=torch.float32), packed.weight_indices)
-    buffer = torch._cslt_compress(ones.to(packed.weight.dtype)).flatten().view(torch.uint8)
+    buffer = torch._cslt_compress(ones_in_places(packed)).flatten().view(torch.uint8)
     size = packed.weight.nbytes
     values = buffer[:size].view(packed.weight.dtype).view_as(packed.weight)
     values.copy_(packed.weight)
@@ -86,6 +84,7 @@ def matmul(
         return input.new_empty(0, weight.shape[0], dtype=out_dtype)
     input = _with_rows(input, padded)
     if metadata.data_ptr() != weight.data_ptr() + weight.nbytes:
+        logger.warning_once("Metadata of a packed weight do not follow it in memory: both are copied at every call.")
         buffer = torch.cat((weight.reshape(-1).view(torch.uint8), metadata))
         weight = buffer[: weight.nbytes].view(weight.dtype).view_as(weight)
     if not has_nvmath():

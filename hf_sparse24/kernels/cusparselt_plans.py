@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_sparse24.kernels.autotune import Choice, Choices, bucket
 
@@ -30,6 +31,7 @@ _NOT_SEARCHED = (torch.float16,)
 _WARM_UPS, _TIMED = 2, 5
 _KEPT = 2048  # plans a device, some kilobytes each
 
+logger = logging.get_logger(__name__)
 choices = Choices()
 
 
@@ -160,6 +162,11 @@ class Plan:
         return pointer
 
 
+def _sizes(tokens: int) -> tuple[str, str]:
+    """Return what a choice is known by: numbers of tokens of about this size, and this very number."""
+    return f"about {bucket(tokens)} tokens", f"{tokens} tokens"
+
+
 class Library:
     """The library on one device, for all threads, one at a time: its handle and its plans."""
 
@@ -181,24 +188,21 @@ class Library:
         """Run a problem on the current stream; the first time, make a plan for it."""
         with self._lock:
             plan = self._plans.get(problem)
-            if plan is None:
+            if plan is not None:
+                self._plans.move_to_end(problem)
+                self._launch(plan, operands)
+            elif torch.cuda.is_current_stream_capturing():
+                self._run_while_capturing(problem, operands)
+            else:
                 plan = self._plans[problem] = self._best_plan(problem, operands)
                 if len(self._plans) > _KEPT:
                     self._plans.popitem(last=False)[1].close()
-            else:
-                self._plans.move_to_end(problem)
-            self._launch(plan, operands)
+                self._launch(plan, operands)
 
     def choice(self, problem: Problem) -> Choice:
         """Return the algorithm that a problem which has run was found to be fastest with."""
-        known = (choices.known(self._key(problem, tokens)) for tokens in (problem.tokens, bucket(problem.tokens)))
+        known = (choices.known(self._key(problem, size)) for size in reversed(_sizes(problem.tokens)))
         return next(choice for choice in known if choice is not None)
-
-    def close(self) -> None:
-        """Free the plans and the handle."""
-        while self._plans:
-            self._plans.popitem()[1].close()
-        self.lt.destroy(self.handle)
 
     def _launch(self, plan: Plan, operands: Operands) -> None:
         self._streams[0] = torch._C._cuda_getCurrentRawStream(self.device)
@@ -224,12 +228,9 @@ class Library:
 
     def _best_plan(self, problem: Problem, operands: Operands) -> Plan:
         """Return a plan with the algorithm that is fastest for the problem or, at first, for one of about its size."""
-        if torch.cuda.is_current_stream_capturing():
-            known = choices.known(self._key(problem, bucket(problem.tokens)))
-            return self._plan(problem, known) or Plan(self, problem, 0, 1)
-        for tokens in (bucket(problem.tokens), problem.tokens):
+        for size in _sizes(problem.tokens):
             choice = choices.find(
-                self._key(problem, tokens),
+                self._key(problem, size),
                 lambda: self._candidates(problem),
                 lambda *candidate: self._microseconds(problem, operands, *candidate),
             )
@@ -238,10 +239,21 @@ class Library:
                 return plan
         raise RuntimeError(f"cuSPARSELt refuses {problem} with the algorithm that it ran a moment ago.")
 
-    def _key(self, problem: Problem, tokens: int) -> str:
+    def _run_while_capturing(self, problem: Problem, operands: Operands) -> None:
+        """Run a problem that never ran before, where nothing can be measured; the plan is not kept."""
+        known = choices.known(self._key(problem, _sizes(problem.tokens)[0]))
+        if known is None:
+            logger.warning_once(
+                "A CUDA graph is captured with shapes that never ran before: in it cuSPARSELt takes its default "
+                "algorithm. Run the model once before, or hf-sparse24 tune."
+            )
+        plan = self._plan(problem, known) or Plan(self, problem, 0, 1)
+        self._launch(plan, operands)
+        plan.close()
+
+    def _key(self, problem: Problem, size: str) -> str:
         dtypes = f"{str(problem.dtype)[6:]} to {str(problem.out_dtype)[6:]}"
-        bias = " with bias" if problem.has_bias else ""
-        return f"{self._machine}, {dtypes}{bias}, {problem.outputs}x{problem.features}, {tokens} tokens"
+        return f"{self._machine}, {dtypes}, {problem.outputs}x{problem.features}, {size}"
 
     def _plan(self, problem: Problem, choice: Choice | None) -> Plan | None:
         """Return a plan for a choice, or None where the library refuses it for this very number of tokens."""
@@ -254,6 +266,9 @@ class Library:
 
     def _candidates(self, problem: Problem) -> Iterator[tuple[int, int]]:
         if problem.dtype in _NOT_SEARCHED:
+            logger.warning_once(
+                "cuSPARSELt runs float16 with its default algorithm, on Hopper a slow one; bfloat16 is faster."
+            )
             yield 0, 1
             return
         plan = Plan(self, problem, 0, 1)

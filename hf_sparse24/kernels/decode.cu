@@ -272,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int team = warp / ROW_WARPS, thread = threadIdx.x % TEAM, first_row = 16 * ROW_TILES * (warp % ROW_WARPS);
     int rank = blockIdx.y % CLUSTER;
-    long row = (long)(blockIdx.y / CLUSTER) * ROWS, token = (long)blockIdx.x * TOKENS;
+    long long row = (long long)(blockIdx.y / CLUSTER) * ROWS, token = (long long)blockIdx.x * TOKENS;
     Operands from = {values + row * (columns / 16 * BITS),
                      indices + row * (columns / 8),
                      (const u8 *)(x + token * columns),

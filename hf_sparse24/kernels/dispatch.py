@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.utils import logging
 
 from hf_sparse24.capability import Capability, backend_capability
@@ -27,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 32, torch.float8_e4m3fn: 16}  # by dtype of the values
 ACTIVATIONS = (torch.float16, torch.bfloat16)
+_ALIGNMENT = 16  # bytes, of what kernels read
 
 
 class Prepared(NamedTuple):
@@ -88,7 +90,48 @@ def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
         return Prepared(weight, float8.metadata_of(packed), few_tokens)
     if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
         return Prepared(*cusparselt.compress(packed), few_tokens)
+    if backend == "auto":
+        _say_what_runs(weight, shape, takes("nvrtc").ok, takes("cusparselt").reason)
     return Prepared(weight, None, few_tokens)
+
+
+def _say_what_runs(weight: Tensor, shape: tuple[int, int], has_kernel: bool, reason: str) -> None:
+    what = "the kernel for few tokens, which is slow for many" if has_kernel else "a dense product"
+    logger.warning_once(
+        f"2:4 weights of {shape[0]} x {shape[1]} in {dtype_name(weight.dtype)} run through {what}: {reason}."
+    )
+
+
+def check_without_metadata(backend: str) -> None:
+    """Say that an offloaded weight has no library's form, or raise `ValueError` where a library was asked for."""
+    if backend in ("cutlass", "cusparselt"):
+        raise ValueError(f"backend={backend!r} needs weights that stay on the GPU; these are offloaded. Use 'auto'.")
+    logger.warning_once("Offloaded 2:4 weights run through the kernel for few tokens, which is slow for many.")
+
+
+def nobody_traces(input: Tensor) -> bool:
+    """Tell whether a kernel may be called past torch's dispatcher: no subclass, mode, transform or tracer is there."""
+    return (
+        type(input) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def few_tokens_linear(
+    input: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return `kernels.decode.few_tokens_linear`, with a bias as the kernel takes it."""
+    return decode.few_tokens_linear(input, weight, weight_indices, weight_scale, _bias_as_read(bias, input.dtype))
+
+
+def _bias_as_read(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a bias in the dtype of the result, contiguous and aligned: a copy where it is not so."""
+    if bias is None or (bias.dtype == dtype and bias.is_contiguous() and bias.data_ptr() % _ALIGNMENT == 0):
+        return bias
+    return bias.to(dtype, copy=True).contiguous()
 
 
 def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | None, backend: str = "auto") -> str:
@@ -130,6 +173,14 @@ def routes() -> dict[str, str]:
     return found
 
 
+def _check_features(input: Tensor, weight: Tensor) -> None:
+    if input.shape[-1] != 2 * weight.shape[1] or input.device != weight.device:
+        raise ValueError(
+            f"The input is {tuple(input.shape)} on {input.device}; the weight takes {2 * weight.shape[1]} features on "
+            f"{weight.device}."
+        )
+
+
 def _shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], 2 * weight.shape[1]
 
@@ -144,10 +195,11 @@ def linear(
     backend: str = "auto",
 ) -> Tensor:
     """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
+    _check_features(input, weight)
     rows = input.reshape(-1, input.shape[-1])
     kernel = choose(rows.shape[0], input.dtype, weight, weight_metadata, backend)
     if kernel == "nvrtc":
-        return decode.few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
+        return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
     if kernel == "reference":
         return reference.linear(input, weight, weight_indices, weight_scale, bias)
     if weight_scale is not None:
@@ -181,11 +233,12 @@ def scaled_linear(
     backend: str = "auto",
 ) -> Tensor:
     """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias; the contract is in `kernels.ops`."""
+    _check_features(input, weight)
     if weight_metadata is None or out_dtype not in ACTIVATIONS or backend in ("reference", "nvrtc"):
         return reference.scaled_linear(input, input_scale, weight, weight_indices, weight_scale, bias, out_dtype)
     rows = input.reshape(-1, input.shape[-1])
     run = _through_cutlass if weight_metadata.ndim == 2 else _through_cusparselt
-    out = run(rows, input_scale, weight, weight_metadata, weight_scale, bias, out_dtype)
+    out = run(rows, input_scale, weight, weight_metadata, weight_scale, _bias_as_read(bias, out_dtype), out_dtype)
     return out.view(*input.shape[:-1], weight.shape[0])
 
 

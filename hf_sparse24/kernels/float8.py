@@ -4,13 +4,15 @@ The operators are called as they are, on two dimensions: torchao's tensor subcla
 values are those of format 1; only the kernel's metadata are made here.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from hf_sparse24.capability import Capability, backend_capability
-from hf_sparse24.packing import PackedWeight, scatter_values
+from hf_sparse24.packing import PackedWeight, ones_in_places
 
-_OUTPUTS, _INPUTS = 64, 16  # features come in multiples of these
+_OUTPUTS, _INPUTS = 64, 32  # features come in multiples of these
 
 
 def cutlass_capability(value_dtype: torch.dtype, out_features: int, in_features: int) -> Capability:
@@ -37,9 +39,8 @@ def _has_operator() -> Capability:
 
 def metadata_of(packed: PackedWeight) -> Tensor:
     """Return the kernel's metadata (N, K/8) of a packed FP8 weight on a GPU, bytes."""
-    # As for cuSPARSELt: from ones in the places of the values, since zeros would be dropped.
-    ones = scatter_values(torch.ones_like(packed.weight, dtype=torch.float32), packed.weight_indices)
-    return torch.ops.torchao.to_sparse_semi_structured_cutlass_sm9x_f8(ones.to(packed.weight.dtype))[1]
+    with _on(packed.weight):
+        return torch.ops.torchao.to_sparse_semi_structured_cutlass_sm9x_f8(ones_in_places(packed))[1]
 
 
 def scaled_linear(
@@ -59,6 +60,13 @@ def scaled_linear(
         bias (`Tensor`, *optional*): (N,) in `out_dtype`.
         out_dtype (`torch.dtype`): float16 or bfloat16.
     """
-    return torch.ops.torchao.rowwise_scaled_linear_sparse_cutlass_f8f8(
-        input, input_scale.view(-1), weight, metadata, weight_scale, bias, out_dtype
-    )
+    with _on(input):
+        return torch.ops.torchao.rowwise_scaled_linear_sparse_cutlass_f8f8(
+            input, input_scale.view(-1), weight, metadata, weight_scale, bias, out_dtype
+        )
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the device of a tensor the current one, whose stream and properties torchao's operators take."""
+    device = tensor.get_device()
+    return nullcontext() if torch._C._cuda_getDevice() == device else torch.cuda.device(device)

@@ -1,8 +1,7 @@
 """CUDA C++ on the user's machine: compiled by NVRTC at its first use, launched through the driver.
 
 Both libraries come with torch's CUDA builds, and so do their Python bindings (`cuda.bindings`): no compiler, no build
-step and no binary of ours. Compiling takes about half a second a kernel; launching 4 to 8 microseconds of the host,
-where Triton's launcher takes several times as long.
+step and no binary of ours. Compiling takes about half a second a kernel, once in a process.
 """
 
 import ctypes

@@ -67,8 +67,8 @@ __device__ u8 rounded(float scaled) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantize_token(const Element *input, u8 *output, float *scales, int stride, int features, float smallest) {
     __shared__ u32 largest_of[THREADS / 32];
-    const Element *token = input + (long)blockIdx.x * stride;
-    u8 *quantized = output + (long)blockIdx.x * features;
+    const Element *token = input + (long long)blockIdx.x * stride;
+    u8 *quantized = output + (long long)blockIdx.x * features;
     Vector vectors[VECTORS];
     u32 largest = 0;
     for (int i = 0; i < VECTORS; ++i) {
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     struct alignas(16) Eight {
         u16 elements[8];
     };
-    Eight *place = (Eight *)(product + (long)blockIdx.x * outputs + n);
+    Eight *place = (Eight *)(product + (long long)blockIdx.x * outputs + n);
     Eight eight = *place;
     float token_scale = token_scales[blockIdx.x];
     for (int j = 0; j < 8; ++j) {

@@ -25,6 +25,9 @@ from hf_sparse24.packing import quantize_tokens, scatter_values
 logger = logging.get_logger(__name__)
 
 
+_FEWEST_ROWS = 16  # more than these torch._int_mm takes on a GPU
+
+
 class _Unpacked(NamedTuple):
     state: tuple[int | torch.dtype, ...]
     storages: tuple[torch.UntypedStorage, ...]  # kept, so that no other tensor can get their addresses
@@ -82,6 +85,8 @@ def scaled_linear(
 def integer_matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return the exact product of int8 `left` (M, K) and the transpose of int8 `right` (N, K)."""
     if left.device.type == "cpu" and left.shape[0] and _cpu_sums_int8_exactly():
+        return torch._int_mm(left, right.t())
+    if left.is_cuda and left.shape[0] > _FEWEST_ROWS and not (left.shape[1] % 8 or right.shape[0] % 8):
         return torch._int_mm(left, right.t())
     return F.linear(left.double(), right.double())  # float64 holds every sum below 2^53 exactly
 

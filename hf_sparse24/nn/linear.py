@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse24.capability import check_backend
-from hf_sparse24.kernels import decode, dispatch
+from hf_sparse24.kernels import dispatch
 from hf_sparse24.nn.shared_input import SharedInput
 from hf_sparse24.packing import (
     QUANTIZED_DTYPES,
@@ -179,9 +179,13 @@ class Sparse24Linear(nn.Linear):
                 f"Sparse24Linear takes float32, float16 or bfloat16 inputs and got {input.dtype}: this model casts "
                 "to the dtype of the weight. Keep it dense with modules_to_not_convert, or use quantization='int8'."
             )
-        if torch.is_autocast_enabled(input.device.type):
-            with torch.autocast(input.device.type, enabled=False):
-                return self.forward(input.to(self.dense_dtype))
+        if input.shape[-1] != self.in_features:
+            raise ValueError(f"This layer takes inputs (..., {self.in_features}); got {tuple(input.shape)}.")
+        device_type = input.device.type
+        if torch.is_autocast_enabled(device_type):
+            dtype = self.weight.dtype if self.quantization is None else torch.get_autocast_dtype(device_type)
+            with torch.autocast(device_type, enabled=False):
+                return self.forward(input.to(dtype))
         bias = self.bias
         if not input.is_cuda or (
             torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
@@ -193,14 +197,16 @@ class Sparse24Linear(nn.Linear):
     def _without_gradients(self, input: Tensor) -> Tensor:
         """Run on a GPU: called directly where nobody traces, since the dispatcher costs as much as a launch."""
         compiling = torch.compiler.is_compiling()
-        direct = not compiling and type(input) is Tensor
-        few = input.numel() <= self._few_tokens * self.in_features
-        if few and direct:
-            return decode.few_tokens_linear(input, self.weight, self.weight_indices, self.weight_scale, self.bias)
-        run = dispatch if direct else torch.ops.hf_sparse24
-        how = (self._current_metadata(), self.backend)
+        direct = not compiling and dispatch.nobody_traces(input)
         weight = (self.weight, self.weight_indices, self.weight_scale)
-        if self.quantization is None or how[0] is None or few or input.dtype not in dispatch.ACTIVATIONS:
+        run = dispatch if direct else torch.ops.hf_sparse24
+        takes_8_bits = self.quantization is not None and input.dtype in dispatch.ACTIVATIONS
+        # Asked only where it decides: compiled code is guarded by the answer.
+        few = (direct or takes_8_bits) and input.numel() <= self._few_tokens * self.in_features
+        if few and direct and input.dtype in dispatch.ACTIVATIONS:
+            return dispatch.few_tokens_linear(input, *weight, self.bias)
+        how = (self._current_metadata(), self.backend)
+        if not takes_8_bits or how[0] is None or few:
             return run.linear(input, *weight, self.bias, *how)
         if not compiling:
             values, scale = self._quantized(input)
@@ -245,11 +251,27 @@ class Sparse24Linear(nn.Linear):
         """Return the metadata, made anew where the weight is not the one that they were made from."""
         if torch.compiler.is_compiling() or not self.weight.is_cuda:
             return self.weight_metadata
-        if self._prepared != self._state():
-            if getattr(getattr(self, "_hf_hook", None), "offload", False):
-                return None  # the weight is here for this call only
+        if self._is_offloaded():  # the weight is here for this call only
+            self.weight_metadata, self._prepared = None, None
+            dispatch.check_without_metadata(self.backend)
+        elif self._prepared != self._state():
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "A packed weight was replaced, and its metadata cannot be made while a CUDA graph is captured. "
+                    "Run the model once before."
+                )
             self.prepare_()
         return self.weight_metadata
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate brings the weight for each call, by a hook or one of several."""
+        hook = getattr(self, "_hf_hook", None)
+        return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the metadata of a copy, or of what was unpickled: they have to follow the weight in memory."""
+        super().__setstate__(state)
+        self.prepare_()
 
     def _state(self) -> tuple[int, ...]:
         indices = self.weight_indices

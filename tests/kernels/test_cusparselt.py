@@ -7,7 +7,7 @@ import torch
 
 from hf_sparse24.capability import has_nvmath
 from hf_sparse24.kernels import cusparselt, cusparselt_plans
-from hf_sparse24.kernels.autotune import Choice, Choices, bucket
+from hf_sparse24.kernels.autotune import Choices
 from hf_sparse24.kernels.cusparselt import compress, cusparselt_capability, matmul
 from hf_sparse24.packing import pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
@@ -49,6 +49,36 @@ def test_what_the_library_takes():
         capability = cusparselt_capability(*arguments)
         assert not capability.ok
         assert reason in capability.reason
+
+
+class Refusing:
+    """A library that refuses one algorithm for one number of tokens, and counts what is made."""
+
+    class cuSPARSELtError(Exception):
+        pass
+
+
+@pytest.mark.parametrize("tokens", [24, 32])
+def test_what_is_refused_for_a_number_of_tokens_is_not_asked_for_again(tokens, monkeypatch):
+    library = object.__new__(cusparselt_plans.Library)
+    library.lt, library._machine = Refusing, "a machine"
+    problem = cusparselt_plans.Problem(256, 256, tokens, torch.bfloat16, torch.bfloat16, False)
+
+    def plan(_, problem, algorithm, split_k):
+        if algorithm == 7:
+            raise Refusing.cuSPARSELtError
+        return algorithm
+
+    monkeypatch.setattr(cusparselt_plans, "Plan", plan)
+    monkeypatch.setattr(cusparselt_plans.Library, "_candidates", lambda *_: [(7, 1), (3, 1)])
+    monkeypatch.setattr(
+        cusparselt_plans.Library,
+        "_microseconds",
+        lambda self, problem, operands, algorithm, split_k: float("inf") if algorithm == 7 else 2.0,
+    )
+    cusparselt_plans.choices.find(library._key(problem, "about 32 tokens"), lambda: [(7, 1)], lambda *_: 1.0)
+    assert library._best_plan(problem, None) == 3
+    assert library.choice(problem).algorithm == 3
 
 
 @pytest.mark.gpu
@@ -120,11 +150,11 @@ class TestOnAGpu:
         assert [problem.tokens for problem in cusparselt._open(0)._plans] == [24, 32]
 
     @needs_nvmath
-    def test_a_choice_that_the_library_refuses_is_searched_anew(self):
-        x, packed, values, metadata = operands(64, 256, 256, torch.bfloat16, False)
+    @pytest.mark.parametrize("tokens", [24, 32])
+    def test_a_choice_that_the_library_refuses_is_searched_anew(self, tokens):
+        x, packed, values, metadata = operands(tokens, 256, 256, torch.bfloat16, False)
         library = cusparselt._open(0)
-        problem = cusparselt_plans.Problem(256, 256, 64, torch.bfloat16, torch.bfloat16, False)
-        key = library._key(problem, bucket(64))
-        cusparselt_plans.choices.find(key, lambda: [(10**6, 1)], lambda *_: 1.0)
+        problem = cusparselt_plans.Problem(256, 256, tokens, torch.bfloat16, torch.bfloat16, False)
+        cusparselt_plans.choices.find(library._key(problem, "about 32 tokens"), lambda: [(10**6, 1)], lambda *_: 1.0)
         check(matmul(x, values, metadata, None, None, torch.bfloat16), x, packed, torch.bfloat16)
-        assert isinstance(cusparselt_plans.choices.known(key), Choice)
+        assert library.choice(problem).algorithm != 10**6

@@ -1,8 +1,13 @@
 """Packed layers on an emulated GPU: the way from a layer to every kernel, and back."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse24 import pack_, prune_, set_backend_
@@ -96,6 +101,97 @@ def test_an_ada_gpu_runs_fp8_through_cusparselt(monkeypatch):
         layer = Sparse24Linear.from_linear(pruned_linear(128, 128, True), "fp8")
         assert_right(layer, torch.randn(70, 128).bfloat16())
         assert len(library.problems) == 1
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("quantization", list(ERROR))
+def test_another_width_is_refused(quantization, tokens, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), quantization)
+    for width in (64, 256):
+        with pytest.raises(ValueError, match=r"takes inputs \(\.\.\., 128\)"):
+            layer(torch.randn(tokens, width).bfloat16())
+        with pytest.raises(ValueError, match="the weight takes 128 features"):
+            dispatch.linear(torch.randn(tokens, width).bfloat16(), *layer.packed, None, layer.weight_metadata)
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_bias_of_another_dtype_or_place_is_read_right(quantization, tokens, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, True), quantization)
+    assert_right(layer, torch.randn(tokens, 128).half())
+    layer.bias = nn.Parameter(torch.randn(129).bfloat16()[1:], requires_grad=False)
+    assert_right(layer, torch.randn(tokens, 128).bfloat16())
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("quantization", list(ERROR))
+def test_float32_inputs_run_as_the_reference(quantization, tokens, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, True, torch.float32), quantization)
+    assert_right(layer, torch.randn(tokens, 128))
+
+
+def test_autocast_reaches_the_kernels_of_8_bit_weights(device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False, torch.float32), "int8")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for tokens in (1, 70):
+            assert layer(torch.randn(tokens, 128)).dtype == torch.bfloat16
+    assert len(device.problems) == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_modes_and_transforms_see_an_operator(tokens, device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), None)
+    x = torch.randn(tokens, 128).bfloat16()
+    seen = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    assert dispatch.nobody_traces(x)
+    with Watching():
+        layer(x)
+    assert "hf_sparse24.linear.default" in seen
+    with torch.autograd.forward_ad.dual_level():
+        assert not dispatch.nobody_traces(x)
+
+
+def test_a_copy_keeps_its_metadata_behind_its_weight(device):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert clone.weight_metadata.data_ptr() == clone.weight.data_ptr() + clone.weight.nbytes
+        assert clone.weight.data_ptr() != layer.weight.data_ptr()
+        assert_right(clone, torch.randn(70, 128).bfloat16())
+
+
+class TestOffload:
+    """accelerate brings the weights of a hooked layer for each call."""
+
+    @pytest.fixture(params=["alone", "one of several"])
+    def layer(self, request, device):
+        layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
+        hook = AlignDevicesHook(execution_device="cpu", offload=True)
+        layer._hf_hook = hook if request.param == "alone" else SequentialHook(ModelHook(), hook)
+        return layer
+
+    def test_no_library_form_is_made_or_kept(self, layer, device):
+        assert_right(layer, torch.randn(70, 128).bfloat16())
+        assert layer.weight_metadata is None
+        assert not device.problems
+
+    def test_a_library_that_was_asked_for_is_an_error(self, layer):
+        layer.backend = "cusparselt"
+        with pytest.raises(ValueError, match="needs weights that stay on the GPU"):
+            layer(torch.randn(70, 128).bfloat16())
+
+
+def test_a_replaced_weight_is_not_prepared_in_a_cuda_graph(device, monkeypatch):
+    layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
+    layer.weight_indices.copy_(layer.weight_indices.clone())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="Run the model once before"):
+        layer(torch.randn(70, 128).bfloat16())
 
 
 def test_a_model_packs_runs_and_changes_its_backend(device, monkeypatch, magnitude):
