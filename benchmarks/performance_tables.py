@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- performance tables: written by benchmarks/performance_tables.py -->", "<!-- /performance tables -->"
 OURS = ("2:4-bf16", "2:4-int8", "2:4-fp8")
-SHOWN_SHAPES = ("28672x4096", "4096x14336")
+SHOWN_TOKENS = (1, 16, 64, 128, 256, 1024, 4096, 16384)
 HOST_TOKENS = (1, 256)
 SHOWN_MODES = ("compiled", "compiled+graph")  # the CSV has the others
 
@@ -50,15 +50,21 @@ def layer_table(rows):
 
 
 def gemm_tables(rows):
-    """Return single projections, and what a call costs the host."""
-    tables = [
-        f"**{shape}**, times as fast as dense:\n\n" + ratio_table([row for row in rows if row.shape == shape])
-        for shape in SHOWN_SHAPES
-    ]
-    return "\n\n".join([*tables, host_table(rows)])
+    """Return all projections at some numbers of tokens, and what a call costs the host."""
+    head, body = [], []
+    for shape in dict.fromkeys(row.shape for row in rows):
+        head, lines = ratios([row for row in rows if row.shape == shape and row.tokens in SHOWN_TOKENS])
+        body += [[shape, *line] for line in lines]
+    title = "**One projection (out x in)**, times as fast as dense:\n\n"
+    return "\n\n".join([title + markdown(["", *head], body), host_table(rows)])
 
 
 def ratio_table(rows):
+    """Return a table of `ratios`."""
+    return markdown(*ratios(rows))
+
+
+def ratios(rows):
     """Return tokens by candidates: the ratio at the same precision first, then to dense FP8 and bf16."""
     head = ["tokens", "bf16 2:4 / bf16"]
     head += ["INT8 2:4 / INT8", "/ FP8", "/ bf16", "FP8 2:4 / FP8", "/ bf16"]
@@ -69,7 +75,7 @@ def ratio_table(rows):
         cells += [ratio(int8, kind) for kind in ("same_precision", "dense_fp8", "dense_bf16")]
         cells += [ratio(fp8, kind) for kind in ("same_precision", "dense_bf16")]
         body.append([str(tokens), *cells])
-    return markdown(head, body)
+    return head, body
 
 
 def host_table(rows):

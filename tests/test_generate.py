@@ -8,8 +8,9 @@ from hf_sparse24 import pack_, prune_
 from hf_sparse24.nn import Sparse24Linear
 
 pytestmark = pytest.mark.gpu
-# Each of the layers rounds its output to bfloat16 once more or less; 8-bit activations round to other steps then.
-CLOSE = {None: 0.03, "int8": 0.08, "fp8": 0.15}
+# Relative error of the logits of this model through the reference, on a CPU, is .06 with INT8 and .20 with FP8; what
+# is compared differs by less: in which layers activations are rounded. One projection with its rows reversed: 1.3.
+CLOSE = {None: 0.05, "int8": 0.15, "fp8": 0.4}
 
 
 @pytest.fixture(params=list(CLOSE))
