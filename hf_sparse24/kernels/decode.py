@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse24.capability import Capability
+from hf_sparse24.kernels.decode_blocks import UNIT, Block, tiles
 from hf_sparse24.kernels.nvrtc import allow_shared_memory, device_capability, launch, load
 
 MOST_TOKENS = 64
@@ -20,60 +21,7 @@ MOST_TOKENS = 64
 _TOKEN_TILES = [next(tiles for tiles in (1, 2, 4, 8) if 8 * tiles >= tokens) for tokens in range(MOST_TOKENS + 1)]
 _ALIGNMENT = 16  # bytes, of what a lane copies at once
 _DTYPES = (torch.float16, torch.bfloat16)
-_UNIT = 64  # columns
 _USUAL_SHARED_MEMORY = 48 * 1024  # bytes that a block may have without asking
-_SHARED_MEMORY = {(8, 0): 164 * 1024, (8, 7): 164 * 1024, (9, 0): 228 * 1024, (10, 0): 228 * 1024, (10, 3): 228 * 1024}
-_LEAST_SHARED_MEMORY = 100 * 1024  # of a multiprocessor
-_RESERVED = 1024  # bytes of it for every block
-_BLOCKS_AT_ONCE = 4
-_MOST_STAGES = 8
-# What a multiprocessor could read while a block starts and ends, and while it waits for another of its cluster: about
-# 20 bytes a nanosecond.
-_BYTES_OF_A_START = 20_000
-_BYTES_OF_A_CLUSTER = 5_000
-
-
-class Block(NamedTuple):
-    """What a block of threads computes, and how; see `decode.cu`.
-
-    Args:
-        row_tiles (`int`): tiles of 16 rows of a warp.
-        row_warps (`int`): warps of a team, each with rows of its own.
-        teams (`int`): teams of warps, each with columns of its own.
-        token_tiles (`int`): tiles of 8 tokens.
-        units (`int`): 64 columns each, of a chunk that is copied and multiplied at once.
-        stages (`int`): chunks of a team in shared memory.
-        cluster (`int`): blocks that share the columns.
-    """
-
-    row_tiles: int
-    row_warps: int
-    teams: int
-    token_tiles: int
-    units: int
-    stages: int
-    cluster: int
-
-    @property
-    def rows(self) -> int:
-        """Of the weight."""
-        return 16 * self.row_tiles * self.row_warps
-
-    @property
-    def tokens(self) -> int:
-        """Of the activations."""
-        return 8 * self.token_tiles
-
-    @property
-    def threads(self) -> int:
-        """Of all its warps."""
-        return 32 * self.row_warps * self.teams
-
-    def shared_memory(self, value_dtype: torch.dtype) -> int:
-        """Return the bytes it needs: rows with their gaps, in a queue, or the sums in its place; scales and biases."""
-        row = self.units * (4 * 8 * value_dtype.itemsize + 8) + 16
-        stage = self.rows * row + self.tokens * (128 * self.units + 16)
-        return 6 * self.rows + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))
 
 
 @functools.cache
@@ -81,8 +29,8 @@ def decode_capability(dtype: torch.dtype, value_dtype: torch.dtype, in_features:
     """Tell whether the kernel takes activations and packed values of these dtypes and a projection of this width."""
     if dtype not in _DTYPES or (value_dtype.itemsize == 2 and value_dtype != dtype) or value_dtype.itemsize > 2:
         return Capability(False, f"takes float16 and bfloat16 activations; got {dtype} with {value_dtype} values")
-    if in_features % _UNIT:
-        return Capability(False, f"takes in_features divisible by {_UNIT}")
+    if in_features % UNIT:
+        return Capability(False, f"takes in_features divisible by {UNIT}")
     return Capability(True, "sparse tensor cores, weights read as stored")
 
 
@@ -181,59 +129,6 @@ def _compiled(
 def _kernel(dtype: torch.dtype, value_dtype: torch.dtype, block: Block, capability: tuple[int, int]) -> Any:
     """Return the kernel for one shape of blocks, which serves every device of a compute capability."""
     return load("decode.cu", "few_tokens_linear", definitions(dtype, value_dtype, block), capability)
-
-
-def tiles(
-    token_tiles: int,
-    outputs: int,
-    features: int,
-    value_dtype: torch.dtype,
-    capability: tuple[int, int],
-    multiprocessors: int,
-) -> Block:
-    """Return the block for a projection: of a few kinds, that with which the busiest multiprocessor reads the least.
-
-    Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
-    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns. The kinds are those
-    that were the fastest, or nearly, for four shapes on one H100 (`benchmarks/results/decode_blocks.json`), picked by
-    hand from those timings; the constants are guesses, and other shapes and GPUs were not timed.
-    """
-    bits_16, few = value_dtype.itemsize == 2, token_tiles <= 2
-    shared_memory = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
-
-    def blocks_each(block: Block) -> int:
-        return -(-(-(-outputs // block.rows) * block.cluster) // multiprocessors)
-
-    def complete(row_tiles: int, row_warps: int, teams: int, cluster: int) -> Block:
-        """With long chunks, where there are rows enough to copy, and the stages that there is room for."""
-        block = Block(row_tiles, row_warps, teams, token_tiles, 1, 2, cluster if capability >= (9, 0) else 1)
-        longest = 4 if few and block.rows >= 64 * value_dtype.itemsize else 2
-        units = next(n for n in (longest, 2, 1) if features % (n * _UNIT) == 0)
-        # Blocks of a multiprocessor run side by side. Clusters of more than two were slow with room for one each:
-        # probably they do not fill all multiprocessors, and the last of them waits for the first.
-        side_by_side = min(max(blocks_each(block), 2 if block.cluster > 2 else 1), _BLOCKS_AT_ONCE)
-        chunks = -(-features // (_UNIT * units * teams * block.cluster))
-        for room in (shared_memory // side_by_side, shared_memory):
-            for stages in range(min(_MOST_STAGES, 1 + chunks), 1, -1):
-                staged = block._replace(units=units, stages=stages)
-                if staged.shared_memory(value_dtype) <= room - _RESERVED:
-                    return staged
-        return block._replace(stages=0)  # does not fit
-
-    def cost(block: Block) -> float:
-        weights = block.rows * (value_dtype.itemsize / 2 + 1 / 8)
-        read = features / block.cluster * (weights + 2 * block.tokens)
-        return blocks_each(block) * (read + _BYTES_OF_A_START) + _BYTES_OF_A_CLUSTER * (block.cluster - 1)
-
-    # Row tiles, row warps, teams, cluster. Weights of 8 bits take more work a byte, hence more warps for as many rows.
-    if few:
-        kinds = [(1, 1, 4, 2), (1, 4, 1, 1), (1, 4, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 8, 1, 1)]
-        kinds += [(2, 2, 1, 8), (2, 7, 1, 1)] if bits_16 else []  # 7 warps cannot copy long chunks beside 8 bits
-    elif token_tiles == 4:
-        kinds = [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
-    else:
-        kinds = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(2, 4, 1, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
-    return min((block for block in (complete(*kind) for kind in kinds) if block.stages), key=cost)
 
 
 def definitions(dtype: torch.dtype, value_dtype: torch.dtype, block: Block) -> dict[str, int]:
