@@ -174,7 +174,7 @@ def routes() -> dict[str, str]:
 
 
 def _check_features(input: Tensor, weight: Tensor) -> None:
-    if input.shape[-1] != 2 * weight.shape[1] or input.device != weight.device:
+    if input.shape[-1] != 2 * weight.shape[1] or input.get_device() != weight.get_device():
         raise ValueError(
             f"The input is {tuple(input.shape)} on {input.device}; the weight takes {2 * weight.shape[1]} features on "
             f"{weight.device}."
