@@ -46,11 +46,12 @@ def prune_on_load(source, what, **request):
     return model
 
 
-def save_and_reload(model, name, probe):
+def save_and_reload(model, tokenizer, name, probe):
     """Save a packed model, read it back, compare the two, and return the second with its size."""
     folder = CACHE / f"SmolLM2-135M-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     with torch.inference_mode():
         if not torch.equal(model(probe).logits, reloaded(probe).logits):
@@ -76,7 +77,7 @@ def main():
     rows = [("dense bfloat16", megabytes(source), perplexity(dense, text, WINDOW), generate(dense, tokenizer))]
 
     def add(name, model, file):
-        model, size = save_and_reload(model, file, text[None, :64])
+        model, size = save_and_reload(model, tokenizer, file, text[None, :64])
         rows.append((name, size, perplexity(model, text, WINDOW), generate(model, tokenizer)))
 
     model = prune_on_load(source, "2:4 by magnitude: no data", method="magnitude")

@@ -86,8 +86,8 @@ def group_statistics(
     statistics.check(group[0].name)
     if statistics.tokens < in_features:
         logger.warning_once(
-            f"{group[0].name} has {in_features} inputs and saw {statistics.tokens} calibration tokens, and others may "
-            "have seen as few: what is chosen on them will not generalize. Give more data."
+            f"Projections of {in_features} inputs saw {statistics.tokens} calibration tokens: what is chosen on them "
+            "will not generalize. Give more data."
         )
     return statistics
 
