@@ -1,21 +1,16 @@
-"""`hf-sparse24`: prune, report, unpack, evaluate, bench, tune, env. Parses, calls and prints; decides nothing."""
+"""`hf-sparse24`: prune, evaluate, bench, card, push and their like. Parses, calls and prints; decides nothing."""
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-import transformers
 import typer
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
+from hf_sparse24 import publishing
 from hf_sparse24.benchmark import commands as benchmark_commands
 from hf_sparse24.benchmark.shapes import model_shapes, read_config, skeleton
 from hf_sparse24.benchmark.tuning import MOST_TOKENS
@@ -23,26 +18,44 @@ from hf_sparse24.benchmark.tuning import tune as tune_shapes
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
+from hf_sparse24.folders import load_model, new_folder, save_with_companions
 from hf_sparse24.kernels.cusparselt_plans import choices
 from hf_sparse24.kernels.dispatch import routes
 from hf_sparse24.pack import unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
-# What a folder holds beside the weights and their description: tokenizer, templates, preprocessing.
-_NOT_COMPANIONS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.index.json"]
+_IN_ORDER, _BESIDE = "The way of a model, in this order", "On the way"
+_WORKFLOW = """2:4 structured sparsity for transformers: prune, retrain, measure, publish.
+
+1. hf-sparse24 prune ./model ./sparse --dataset text.txt --no-pack
+
+2. accelerate launch examples/retrain_lm.py examples/retrain_lm.yaml
+
+3. hf-sparse24 prune ./retrained ./packed --quantization int8
+
+4. hf-sparse24 evaluate ./packed --text text.txt --dense ./model --json > q.json
+
+5. hf-sparse24 bench model ./model --quantization int8 --csv speed.csv
+
+6. hf-sparse24 card ./packed me/name --evaluation q.json --benchmark speed.csv
+
+7. hf-sparse24 push ./packed me/name --private
+
+Step 3 packs the mask that training kept. Without retraining: step 1 without --no-pack, then step 4. Each command has \
+examples under --help.
+"""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="2:4 structured sparsity for transformers. Start with: hf-sparse24 prune MODEL OUT --dataset text.txt",
+    help=_WORKFLOW,
 )
-app.add_typer(benchmark_commands.app, name="bench", help="Measure packed layers and models beside dense ones.")
-
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write; must not exist or be empty.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Method = Annotated[
@@ -78,7 +91,7 @@ TargetModules = Annotated[list[str] | None, typer.Option(help="Prune only these,
 KeptDense = Annotated[list[str] | None, typer.Option(help="Keep these dense; repeat the option.")]
 
 
-@app.command()
+@app.command(rich_help_panel=_IN_ORDER)
 def prune(
     model: Model,
     out: Out,
@@ -97,6 +110,7 @@ def prune(
     progress_folder: ProgressFolder = None,
     target_modules: TargetModules = None,
     modules_to_not_convert: KeptDense = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune MODEL to 2:4 and write it to OUT, packed unless --no-pack.
@@ -124,13 +138,13 @@ def prune(
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
-    with _new_folder(out) as folder:
-        pruned = _load(model, dtype, quantization_config=config, device_map=str(_device(device)))
-        _save(pruned, model, folder)
+    with new_folder(out, model, force) as folder:
+        pruned = load_model(model, dtype, quantization_config=config, device_map=str(_device(device)))
+        save_with_companions(pruned, model, folder)
     _print_report(sparsity_report(pruned), as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=_BESIDE)
 def report(model: Model, as_json: AsJson = False) -> None:
     """Show every matrix of MODEL: its pattern, its bytes, and why it is dense where it is.
 
@@ -138,25 +152,25 @@ def report(model: Model, as_json: AsJson = False) -> None:
 
         hf-sparse24 report ./SmolLM2-2of4
     """
-    _print_report(sparsity_report(_load(model, "auto")), as_json)
+    _print_report(sparsity_report(load_model(model, "auto")), as_json)
 
 
-@app.command()
-def unpack(model: Model, out: Out, dtype: Dtype = "auto", as_json: AsJson = False) -> None:
+@app.command(rich_help_panel=_BESIDE)
+def unpack(model: Model, out: Out, dtype: Dtype = "auto", force: Force = False, as_json: AsJson = False) -> None:
     """Write the packed MODEL as a dense checkpoint with zeros, which any server loads (and runs dense).
 
     Example:
 
         hf-sparse24 unpack ./SmolLM2-2of4 ./SmolLM2-dense
     """
-    with _new_folder(out) as folder:
-        packed = _load(model, dtype)
+    with new_folder(out, model, force) as folder:
+        packed = load_model(model, dtype)
         unpacked = unpack_(packed)
-        _save(packed, model, folder)
+        save_with_companions(packed, model, folder)
     _print_report(unpacked, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=_IN_ORDER)
 def evaluate(
     model: Model,
     text: Annotated[Path, typer.Option(help="A UTF-8 text. Its last tenth is scored; calibration reads the rest.")],
@@ -174,7 +188,7 @@ def evaluate(
         hf-sparse24 evaluate ./SmolLM2-2of4 --text book.txt --dense ./SmolLM2
     """
     place = _device(device)
-    measured = _load(model, dtype).to(place)
+    measured = load_model(model, dtype).to(place)
     check_causal(measured)
     token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text.read_text("utf8"), window, windows)
     value = perplexity(measured, token_ids, window)
@@ -184,7 +198,8 @@ def evaluate(
         value=value,
         samples=len(token_ids) // window,
         unit=f"windows of {window} tokens",
-        dense=None if dense is None else perplexity(_load(dense, dtype).to(place), token_ids, window),
+        dense=None if dense is None else perplexity(load_model(dense, dtype).to(place), token_ids, window),
+        dataset=text.name,
     )
     if as_json:
         typer.echo(evaluation.to_json())
@@ -192,7 +207,17 @@ def evaluate(
         print_evaluations([evaluation], Console(width=100))
 
 
-@app.command()
+app.add_typer(
+    benchmark_commands.app,
+    name="bench",
+    help="Measure packed layers and models beside dense ones.",
+    rich_help_panel=_IN_ORDER,
+)
+app.command(rich_help_panel=_IN_ORDER)(publishing.card)
+app.command(rich_help_panel=_IN_ORDER)(publishing.push)
+
+
+@app.command(rich_help_panel=_BESIDE)
 def tune(
     model: Model,
     quantization: Annotated[
@@ -224,7 +249,7 @@ def tune(
     typer.echo(f"{len(found)} choices in {choices.path}")
 
 
-@app.command()
+@app.command(rich_help_panel=_BESIDE)
 def env(as_json: AsJson = False) -> None:
     """Show versions, devices and which backends can run here, and why not. Paste this into a bug report."""
     facts = environment() | {f"kernels for {kind}": route for kind, route in routes().items()}
@@ -244,23 +269,6 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _load(name: str, dtype: str, **kwargs: Any) -> PreTrainedModel:
-    """Load a model with the class that its config names, as it was saved."""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"There is no folder {name}. Name a folder with a transformers model, or a Hub id.")
-    config = AutoConfig.from_pretrained(name)
-    if kwargs and getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method")
-        raise ValueError(f"{name} is quantized already ({method}). Prune the dense model, or unpack this one first.")
-    architecture = (config.architectures or [None])[0]
-    model_class = getattr(transformers, architecture or "", None)
-    if model_class is None:
-        raise ValueError(
-            f"The config of {name} names the class {architecture!r}, which transformers lacks; use Python."
-        )
-    return model_class.from_pretrained(name, dtype=dtype, **kwargs)
-
-
 def _device(name: str | None) -> torch.device:
     """Return the device that was asked for, or the GPU where torch sees one."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -269,36 +277,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _save(model: PreTrainedModel, source: str, folder: Path) -> None:
-    """Write the model, and beside it the tokenizer and other small files of its source."""
-    origin = Path(source)
-    if not origin.is_dir():
-        origin = Path(snapshot_download(source, ignore_patterns=_NOT_COMPANIONS))
-    for file in origin.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in _NOT_COMPANIONS):
-            shutil.copy(file, folder)
-    model.save_pretrained(folder)
-
-
 def _print_report(report: SparsityReport, as_json: bool) -> None:
     if as_json:
         typer.echo(report.to_json())
     else:
         print_sparsity_report(report, Console(width=100))
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` only when all went well."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; remove it or write elsewhere.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,8 @@ from transformers.quantizers import AutoHfQuantizer
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
 from hf_sparse24.nn import Sparse24Linear
 
+TAGS = ("2:4", "sparsity")  # on the Hub
+
 
 def record_of(model: nn.Module) -> dict[str, Any]:
     """Return the record of a pruned model, dense-masked or packed; empty for any other."""
@@ -43,6 +45,7 @@ def declare_dense(model: nn.Module, record: dict[str, Any]) -> None:
                 module.config.__dict__.pop(key, None)
     if isinstance(model, PreTrainedModel):
         model.config.sparse24 = record
+        model.add_model_tags(list(TAGS))
 
 
 def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
@@ -54,6 +57,7 @@ def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
+    model.add_model_tags(list(TAGS))
     keep_module_names(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):

@@ -1,4 +1,6 @@
 import json
+import re
+import signal
 import subprocess
 import sys
 
@@ -97,7 +99,7 @@ def test_an_existing_folder_is_not_overwritten(cli, source, tmp_path):
     (out / "precious").write_text("data")
     code, _, err = cli("prune", source, out, "--method", "magnitude")
     assert code == 1
-    assert "is not an empty folder" in err
+    assert "is not an empty folder; replace it with --force" in err
     assert (out / "precious").read_text() == "data"
 
 
@@ -168,7 +170,7 @@ def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkey
         seen.append(kwargs)
         raise ValueError("enough")
 
-    monkeypatch.setattr("hf_sparse24.cli._load", load)
+    monkeypatch.setattr("hf_sparse24.cli.load_model", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for arguments in ((), ("--match-blocks", "--device", "cpu"), ("--no-match-blocks", "--dataset", "self")):
         assert "enough" in cli("prune", tiny_llama_folder, tmp_path / "out", *arguments)[2]
@@ -264,3 +266,87 @@ def test_the_console_script_is_installed():
     )
     assert script.returncode == 0
     assert "prune" in script.stdout
+
+
+def test_force_replaces_a_model_and_nothing_else(cli, source, tmp_path):
+    out = tmp_path / "out"
+    cli("prune", source, out, "--method", "magnitude", "--quantization", "int8")
+    (out / "old").write_text("")
+    code, _, err = cli("prune", source, out, "--method", "magnitude", "--no-pack", "--force")
+    assert code == 0, err
+    assert not (out / "old").exists()
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious").write_text("data")
+    code, _, err = cli("prune", source, tmp_path / "home", "--method", "magnitude", "--force")
+    assert code == 1
+    assert "holds no config.json" in err
+    assert (tmp_path / "home" / "precious").exists()
+    code, _, err = cli("prune", source, source, "--method", "magnitude", "--force")
+    assert code == 1
+    assert "is the model that is read" in err
+    assert (source / "model.safetensors").exists()
+
+
+def test_a_failure_keeps_what_force_would_have_replaced(cli, source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    cli("prune", source, out, "--method", "magnitude")
+    before = (out / "model.safetensors").read_bytes()
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_sparse24.folders._rename", interrupted)
+    cli("prune", source, out, "--method", "magnitude", "--no-pack", "--force")
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "out"]
+
+
+INTERRUPTED = """
+import sys
+from transformers import PreTrainedModel
+from hf_sparse24.cli import main
+
+saved = PreTrainedModel.save_pretrained
+
+def save_slowly(self, folder, **kwargs):
+    saved(self, folder, **kwargs)
+    print("half-way", flush=True)
+    import time
+    time.sleep(60)
+
+PreTrainedModel.save_pretrained = save_slowly
+main()
+"""
+
+
+def test_an_interrupt_leaves_no_folder(source, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, "prune", source, tmp_path / "a" / "out", "--method", "magnitude"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "half-way" in process.stdout.readline()
+    assert len(list((tmp_path / "a").iterdir())) == 1  # the temporary folder
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in err
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_the_card_of_the_dense_model_is_not_the_pruned_ones(cli, source, tmp_path):
+    (source / "README.md").write_text("the dense model")
+    cli("prune", source, tmp_path / "out", "--method", "magnitude")
+    assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_help_teaches_the_work_in_its_order(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    lines = [line for line in out.splitlines() if re.match(r" \d\. ", line)]
+    words = ["prune", "retrain", "prune", "evaluate", "bench", "card", "push"]
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+    assert len(out.splitlines()) <= 60
+    listed = [word for word in re.findall(r"│ (\w+) ", out) if word in words]
+    assert listed == ["prune", "evaluate", "card", "push", "bench"]  # typer lists groups of commands last

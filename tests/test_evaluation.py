@@ -415,11 +415,22 @@ def test_an_evaluation_says_what_it_is():
         "samples": 32,
         "unit": "windows of 1024 tokens",
         "dense": 10.0,
+        "dataset": None,
         "better": "lower",
         "recovery": 80.0,
         "recovery_is": "100 * dense / pruned",
     }
     assert Evaluation("accuracy", 0.5, 100, "images").recovery is None
+    assert Evaluation.from_dict(evaluation.to_dict()) == evaluation
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"metric": "perplexity"}, "needs 'value'; got metric"), ({"metric": "bleu", "value": 1}, "needs 'samples'")],
+)
+def test_an_evaluation_that_lacks_something_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation.from_dict(values)
 
 
 def test_evaluations_print_as_a_table_of_a_hundred_columns():

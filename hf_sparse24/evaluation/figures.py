@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +32,7 @@ class Evaluation:
         samples (`int`): how many windows, queries, images or the like it is the mean of.
         unit (`str`): what the samples are, such as `"windows of 1024 tokens"`.
         dense (`float`, *optional*): the dense model's value on the same samples.
+        dataset (`str`, *optional*): the name of what they were taken from.
     """
 
     metric: str
@@ -39,6 +40,21 @@ class Evaluation:
     samples: int
     unit: str
     dense: float | None = None
+    dataset: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
+        """Return the figure that `to_dict` described.
+
+        Raises:
+            `ValueError`: something is missing, or the metric is unknown.
+        """
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in ("metric", "value", "samples", "unit") if name not in values]
+        if missing:
+            raise ValueError(f"An evaluation needs {missing[0]!r}; got {', '.join(values) or 'nothing'}.")
+        _better(values["metric"])
+        return cls(**{name: values[name] for name in names if name in values})
 
     @property
     def better(self) -> str:

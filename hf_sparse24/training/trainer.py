@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from hf_sparse24.training import model_card
+from hf_sparse24 import model_card
 from hf_sparse24.training.arguments import Sparse24Arguments
 from hf_sparse24.training.callback import Sparse24Callback
 from hf_sparse24.training.compact import CompactAdamW
@@ -124,7 +124,10 @@ class Sparse24TrainerMixin:
         kwargs["tags"] = model_card.with_tags(kwargs.get("tags"))
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            model_card.append_section(self.args.output_dir, bare(self.model), self.sparse24.policy.name, self.state)
+            policy, state = self.sparse24.policy.name, self.state
+            model_card.append_section(
+                self.args.output_dir, bare(self.model), policy, state.global_step, state.log_history
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint that is resumed.

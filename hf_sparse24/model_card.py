@@ -1,0 +1,166 @@
+"""What a model card says: of a model from its own config and weights, of measurements from rows that were measured.
+
+Nothing is made up: a measurement that is missing is an absent row, and a table without rows is an absent section. The
+Trainer appends one section to a card of its own (`append_section`), in the same words.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+from transformers.modelcard import TASK_MAPPING
+
+from hf_sparse24 import card_text as text
+from hf_sparse24.benchmark.results import Row
+from hf_sparse24.config import Sparse24Config
+from hf_sparse24.evaluation import Evaluation
+from hf_sparse24.identity import TAGS, record_of
+from hf_sparse24.report import SparsityReport, sparsity_report
+from hf_sparse24.version import __version__
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+def model_card(
+    model: nn.Module,
+    name: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    benchmark: Sequence[Row] = (),
+    conditions: Mapping[str, str] | None = None,
+) -> ModelCard:
+    """Render the card of a pruned model, packed or dense-masked.
+
+    Args:
+        model (`nn.Module`): what was pruned; its report and its record are read.
+        name (`str`): the repository that it will be loaded from, or the folder.
+        base_model (`str`, *optional*): the Hub id of the dense model.
+        license (`str`, *optional*): the Hub's identifier, such as "apache-2.0".
+        evaluations (`Sequence[Evaluation]`): what was measured of this model; the first is the headline.
+        benchmark (`Sequence[Row]`): rows of `hf-sparse24 bench` for this model; those without a time are left out.
+        conditions (`Mapping[str, str]`, *optional*): what stands beside the rows (`benchmark.results.read_csv`).
+
+    Raises:
+        `ValueError`: the model has no record of being pruned or violates 2:4, `base_model` is no Hub id, or there are
+            rows without conditions.
+    """
+    record, report = record_of(model), sparsity_report(model)
+    _check(model, record, report, base_model, benchmark, conditions)
+    config = getattr(model.config, "quantization_config", None)
+    packed = isinstance(config, Sparse24Config)
+    quantization = config.quantization if packed else None
+    task = _task(model)
+    results = _eval_results(evaluations, task or "feature-extraction")
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation="quantized" if base_model and quantization else None,
+        library_name="transformers",
+        license=license,
+        pipeline_tag=task,
+        tags=[*TAGS, *([quantization] if quantization else [])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name.rpartition("/")[2],
+        what_it_is=text.what_it_is(base_model, packed, quantization),
+        pattern=text.pattern(report),
+        headline=text.headline(evaluations),
+        made=[*text.made_lines(record), *text.dense_lines(report), *report.notes],
+        use=(text.PACKED_USE if packed else text.DENSE_USE).format(model_class=type(model).__name__, name=name),
+        evaluation_table=text.evaluation_table(evaluations),
+        speed_table=text.speed_table(benchmark),
+        speed_conditions=text.conditions_line(conditions or {}),
+        limits=text.limit_lines(evaluations, packed),
+    )
+
+
+def with_tags(tags: str | list[str] | None) -> list[str]:
+    """Add this package's tags to those that were asked for."""
+    asked = [tags] if isinstance(tags, str) else list(tags or ())
+    return asked + [tag for tag in TAGS if tag not in asked]
+
+
+def append_section(
+    folder: str, model: nn.Module, policy: str, steps: int, history: Sequence[Mapping[str, Any]]
+) -> None:
+    """Append to the card that a trainer wrote what is 2:4, how it was kept so, and what stayed dense and why.
+
+    Args:
+        folder (`str`): where the README.md is.
+        model (`nn.Module`): as trained, with or without adapters.
+        policy (`str`): the mask policy.
+        steps (`int`): how many optimizer steps were made.
+        history (`Sequence[Mapping]`): the trainer's `log_history`.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    report = sparsity_report(model)
+    lines = [
+        f"Trained for {steps} steps with mask policy `{policy}`, hf_sparse24 {__version__}.",
+        *text.dense_lines(report),
+        *text.loss_lines(history),
+    ]
+    section = [
+        "",
+        "## 2:4 sparsity",
+        "",
+        f"{text.pattern(report)} The weights are ordinary tensors with zeros and load without any package; "
+        "`hf_sparse24.pack_` packs them.",
+        "",
+        *(f"- {line}" for line in lines),
+    ]
+    with (Path(folder) / "README.md").open("a", encoding="utf8") as file:
+        file.write("\n".join(section) + "\n")
+
+
+def _check(
+    model: nn.Module,
+    record: Mapping[str, Any],
+    report: SparsityReport,
+    base_model: str | None,
+    benchmark: Sequence[Row],
+    conditions: Mapping[str, str] | None,
+) -> None:
+    if not record:
+        raise ValueError(f"A model card needs a pruned model; this {type(model).__name__} has no record of it.")
+    if report.totals["violating_groups"]:
+        raise ValueError(f"A model card needs a 2:4 model; violating groups: {report.totals['violating_groups']}.")
+    if benchmark and not conditions:
+        raise ValueError("Rows of a benchmark need their conditions; pass both as read_csv returns them.")
+    if base_model is not None:
+        try:
+            validate_repo_id(base_model)
+        except HFValidationError:
+            raise ValueError(
+                f"base_model must be the Hub id of the dense model, such as user/name; got {base_model!r}."
+            ) from None
+
+
+def _eval_results(evaluations: Sequence[Evaluation], task: str) -> list[EvalResult]:
+    """Return what the Hub shows beside a card: finite figures on data that has a name."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset,
+            metric_type=evaluation.metric,
+            metric_value=float(f"{evaluation.value:.6g}"),
+            metric_name=text.metric_title(evaluation),
+        )
+        for evaluation in evaluations
+        if evaluation.dataset and math.isfinite(evaluation.value)
+    ]
+
+
+def _task(model: nn.Module) -> str | None:
+    """Return the Hub's name of what a model class does."""
+    name = type(model).__name__
+    return next((task for task, classes in TASK_MAPPING.items() if name in classes.values()), None)
