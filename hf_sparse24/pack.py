@@ -1,5 +1,8 @@
 """`pack_` and `unpack_`: swap the 2:4 projections of a model for packed layers, and back."""
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,8 +36,9 @@ def pack_(
 ) -> SparsityReport:
     """Pack the projections of a 2:4 model in place, ready to generate and to save.
 
-    Each layer is verified before it is packed, and the dense one is freed at once. Fused experts (3-D) have no packed
-    layer: they stay dense tensors with zeros.
+    Each layer is verified before it is packed, and the dense one is freed at once. Layers that share their weight
+    (Zamba's) become one packed layer, which stands in the place of each. Fused experts (3-D) have no packed layer:
+    they stay dense tensors with zeros.
 
     Args:
         model (`nn.Module`): a transformers model that `prune_` has pruned, or that was loaded dense-masked.
@@ -158,41 +162,82 @@ def _check_packable(model: nn.Module, selection: Selection, quantization: str | 
     if not linear:
         reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "no linear projection found"
         raise ValueError(f"Nothing to pack in {type(model).__name__}: {reasons}.")
-    _check_untied(model, {target.module_name for target in linear})
+    _check_tied(model, {target.module_name for target in linear})
     for target in linear:
         module = model.get_submodule(target.module_name)
         check_present(module.weight, target.name)
         check_finite(module.weight, target.name)
         check_value_dtype(module.weight.dtype, target.name)
-    leaves = {target.name.rpartition(".")[2] for target in linear}
-    cast_to_weight = leaves & set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    if quantization == "fp8" and cast_to_weight:
+    if quantization == "fp8":
+        _refuse_casts_to_fp8(model, linear)
+
+
+def _refuse_casts_to_fp8(model: nn.Module, linear: Sequence[Target]) -> None:
+    """Raise when the code around a layer casts its input to the dtype of its weight, as T5's does for `wo`."""
+    casting = set()
+    for target in linear:
+        parent, _, leaf = target.module_name.rpartition(".")
+        cast = rf"\.to\(\s*(dtype=)?self\.{re.escape(leaf)}\.weight\.dtype"
+        if re.search(cast, _source_of_forward(type(model.get_submodule(parent)))):
+            casting.add(leaf)
+    if casting:
         raise ValueError(
-            f"{type(model).__name__} casts inputs to the dtype of {sorted(cast_to_weight)}, which FP8 would ruin. "
-            f"Use quantization='int8', or modules_to_not_convert={sorted(cast_to_weight)}."
+            f"{type(model).__name__} casts inputs to the dtype of the weight of {sorted(casting)}, which FP8 would "
+            f"ruin. Use quantization='int8', or modules_to_not_convert={sorted(casting)}."
         )
 
 
-def _check_untied(model: nn.Module, names: set[str]) -> None:
-    """Raise when two modules share the weight of a layer that is to be packed."""
-    owners: dict[int, str] = {}
+@functools.cache
+def _source_of_forward(module_class: type[nn.Module]) -> str:
+    try:
+        return inspect.getsource(module_class.forward)
+    except (OSError, TypeError):  # no source: the layer itself then refuses inputs in FP8
+        return ""
+
+
+def _check_tied(model: nn.Module, names: set[str]) -> None:
+    """Raise when the weight of a layer that is to be packed is also that of a module that cannot be the same layer."""
+    owners: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owner = owners.setdefault(id(parameter), name)
-            if owner != name and names & {owner, name} and parameter.ndim > 1:
+            owner, first = owners.setdefault(id(parameter), (name, module))
+            if owner == name or not names & {owner, name} or parameter.ndim < 2:
+                continue
+            if _layer_of(first) != _layer_of(module):
                 raise ValueError(
-                    f"{owner} and {name} share one weight, and tied layers cannot be packed yet. "
-                    "Use pack=False, or keep them out with modules_to_not_convert."
+                    f"{owner} and {name} share one weight and are not the same layer (type, bias or device differ), "
+                    "which no packed layer can be. Use pack=False, or keep them out with modules_to_not_convert."
                 )
+
+
+def _layer_of(module: nn.Module) -> tuple[object, ...]:
+    """Return what makes two modules one layer: their type, their parameters and where they run."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return type(module), device, *((key, id(value)) for key, value in module.named_parameters(recurse=False))
+
+
+def merge_tied_(model: nn.Module) -> None:
+    """Let packed layers that were read apart and share all tensors be one layer, prepared and unpacked once."""
+    layers: dict[tuple[object, ...], nn.Module] = {}
+    for module, places in _places(model).items():
+        if isinstance(module, Sparse24Linear):
+            first = layers.setdefault(_layer_of(module), module)
+            if first is not module:
+                _replace(places, module, first)
 
 
 def _replace_targets(
     model: nn.Module, selection: Selection, make: Callable[[nn.Module, str], nn.Module], title: str
 ) -> int:
     linear, places = _linear_targets(selection), _places(model)
+    tied: dict[int, list[nn.Module]] = {}
+    for module in places:
+        tied.setdefault(id(getattr(module, "weight", None)), []).append(module)
     for target in logging.tqdm(linear, desc=title, unit="layer", leave=False):
-        module = model.get_submodule(target.module_name)
-        _replace(places.pop(module), module, make(module, target.name))
+        modules = tied.pop(id(model.get_submodule(target.module_name).weight))
+        packed = make(modules[0], target.name)
+        while modules:  # each dense layer is freed as soon as the packed one stands in its place
+            _replace(places.pop(modules[-1]), modules.pop(), packed)
     _share_inputs(model)
     return len(linear)
 

@@ -22,7 +22,7 @@ from hf_sparse24.checkpoint import check_packed_files, packed_and_dense
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
 from hf_sparse24.nn import Sparse24Linear
-from hf_sparse24.pack import make_packed_skeleton_, pack_selected_, unpack_
+from hf_sparse24.pack import make_packed_skeleton_, merge_tied_, pack_selected_, unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
 from hf_sparse24.selection import Selection, select
@@ -62,8 +62,9 @@ class Sparse24HfQuantizer(HfQuantizer):
             if readable:
                 selection = _as_in_files(model, selection, files)
             made = make_packed_skeleton_(model, selection, config.quantization, config.backend)
+            tied = _tie_packed_tensors(model)
             if readable:
-                check_packed_files(files, config.quantization, made)
+                check_packed_files(files, config.quantization, made - tied)
         else:
             select(model, config.target_modules, config.modules_to_not_convert)
 
@@ -112,9 +113,10 @@ def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str])
     Where the names in the files are not the model's, or something is missing in them, the selection is left as it is.
     """
     packed, dense = packed_and_dense(files)
-    prefix = model.base_model_prefix
+    prefix, ties = model.base_model_prefix, _tied_modules(model)
 
     def in_the_file(name: str) -> tuple[str, str, str]:
+        name = ties.get(name, name)
         return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
     def is_dense(name: str) -> bool:
@@ -123,13 +125,36 @@ def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str])
 
     found = frozenset(name for name, _ in model.named_modules() if not packed.isdisjoint(in_the_file(name)))
     left = [target.name for target in selection.targets if not target.is_expert_stack and target.name not in found]
-    if len(found) != len(packed) or not all(map(is_dense, left)):
+    if len(found - ties.keys()) != len(packed) or not all(map(is_dense, left)):
         return selection
     return select(model, found, strict=False)
 
 
+def _tied_modules(model: PreTrainedModel) -> dict[str, str]:
+    """Return the modules whose weight, as the model declares, is that of another one: their names, and its name."""
+    ties = model.all_tied_weights_keys.items()
+    return {
+        tied.removesuffix(".weight"): source.removesuffix(".weight")
+        for tied, source in ties
+        if tied.endswith(".weight")
+    }
+
+
+def _tie_packed_tensors(model: PreTrainedModel) -> int:
+    """Have the loader tie indices and scales where it ties the values; return how many layers are tied to others."""
+    tied = 0
+    for name, source in _tied_modules(model).items():
+        module = model.get_submodule(name)
+        if isinstance(module, Sparse24Linear):
+            keys = ["weight_indices"] if module.weight_scale is None else ["weight_indices", "weight_scale"]
+            model.all_tied_weights_keys |= {f"{name}.{key}": f"{source}.{key}" for key in keys}
+            tied += 1
+    return tied
+
+
 def _finish_reading(model: PreTrainedModel) -> None:
     """Restore dtypes and freezing that the loader does not know of, and verify every packed layer."""
+    merge_tied_(model)
     for name, module in model.named_modules():
         if not isinstance(module, Sparse24Linear):
             _check_dense(name, module)

@@ -72,10 +72,41 @@ FAMILIES = {
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
 }
 
+# What only some tests are about: layers that share their weights, and casts to the dtype of a weight.
+ODD_FAMILIES = {
+    "zamba": (
+        "ZambaForCausalLM",
+        "ZambaConfig",
+        SIZE
+        | {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "tie_word_embeddings": True}
+        | {"num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 8, "use_mamba_kernels": False},
+    ),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        "Zamba2Config",
+        SIZE
+        | {"num_hidden_layers": 6, "num_mem_blocks": 2, "tie_word_embeddings": True, "num_key_value_heads": 4}
+        | {"layers_block_type": ["linear_attention", "hybrid", "hybrid"] * 2, "n_mamba_heads": 4, "mamba_d_state": 8}
+        | {"use_shared_attention_adapter": True, "adapter_rank": 4, "chunk_size": 8, "use_mamba_kernels": False},
+    ),
+    "longt5": (
+        "LongT5ForConditionalGeneration",
+        "LongT5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
+        | {"tie_word_embeddings": False},
+    ),
+    "seamless_m4t": (
+        "SeamlessM4TForTextToText",
+        "SeamlessM4TConfig",
+        {"hidden_size": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 96}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    ),
+}
+
 
 def build(family, **overrides):
     """Build a tiny model with random weights; the same seed gives the same weights."""
-    model_class, config_class, kwargs = FAMILIES[family]
+    model_class, config_class, kwargs = (FAMILIES | ODD_FAMILIES)[family]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**kwargs, **overrides})
     return getattr(transformers, model_class)(config).eval()
