@@ -29,7 +29,7 @@ test-newest: $(VENV)/.dev
 # The oldest transformers that is supported: what touches its loading internals.
 test-floor: $(FLOOR)/.dev
 	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py \
-		tests/test_config.py tests/test_architectures.py
+		tests/test_config.py tests/test_architectures.py tests/test_tied.py tests/test_round_trips.py
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
