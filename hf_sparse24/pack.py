@@ -170,6 +170,8 @@ def _check_packable(model: nn.Module, selection: Selection, quantization: str | 
         check_value_dtype(module.weight.dtype, target.name)
     if quantization == "fp8":
         _refuse_casts_to_fp8(model, linear)
+    if quantization is not None:
+        _refuse_rescaling(model)
 
 
 def _refuse_casts_to_fp8(model: nn.Module, linear: Sequence[Target]) -> None:
@@ -185,6 +187,16 @@ def _refuse_casts_to_fp8(model: nn.Module, linear: Sequence[Target]) -> None:
             f"{type(model).__name__} casts inputs to the dtype of the weight of {sorted(casting)}, which FP8 would "
             f"ruin. Use quantization='int8', or modules_to_not_convert={sorted(casting)}."
         )
+
+
+def _refuse_rescaling(model: nn.Module) -> None:
+    """Raise for RWKV, which divides weights in place when it runs, unless its config says that it does not."""
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers") and getattr(module.config, "rescale_every", 0) > 0:
+            raise ValueError(
+                f"{type(model).__name__} divides weights in place every {module.config.rescale_every} layers, which "
+                "8-bit weights do not take. Load it with rescale_every=0, or use quantization=None."
+            )
 
 
 @functools.cache

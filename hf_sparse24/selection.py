@@ -2,10 +2,9 @@
 
 The rule: inside a numbered layer (`.N.` in the module path), every attention and feed-forward projection by its
 *role*; never embeddings, heads, poolers, routers, or anything outside the numbered layers. Decisions rest on
-module types and the last parts of a module's name, never on stored full names: transformers renames
-modules between versions.
+module types and the last parts of a module's name, never on stored full names, which change between versions.
 
-What is left out is data as well: every matrix of the model is either a `Target` or a `Skipped` with a reason.
+What is left out is data too: every matrix is either a `Target` or a `Skipped` with a reason.
 """
 
 import difflib
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse24.packing import dtype_name
@@ -80,6 +78,8 @@ _INSIDE_NORM = re.compile(r"(^|\.)([^.]*_)?(layer|rms|batch|group)?_?norm\d*\.(?
 # Numbered, but beside the layers: what merges patches, or adapts to one language.
 _BETWEEN = re.compile(r"(^|\.)([^.]*merger[^.]*|adapter_modules)\.")
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
+_TRANSPOSED = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
+_READS_WEIGHTS = ("MultiheadAttention", "WavLMAttention")  # hand the weights of their projections to a function
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -96,7 +96,7 @@ class Target(NamedTuple):
     """A matrix that is to become 2:4.
 
     Attributes:
-        name (`str`): path of the module, or of the parameter where one module holds several (fused experts).
+        name (`str`): path of the module, or of the parameter for fused experts.
         module_name (`str`): path of the module.
         parameter (`str`): name of the parameter in it.
         role (`str`): one of `ROLES`, or `"other"` for a module that the user named and the table does not know.
@@ -112,7 +112,7 @@ class Target(NamedTuple):
     @property
     def is_expert_stack(self) -> bool:
         """Whether this is a 3-D stack of experts rather than the weight of a linear layer."""
-        return self.parameter != "weight"
+        return self.name.endswith(f".{self.parameter}")
 
 
 class Skipped(NamedTuple):
@@ -174,7 +174,7 @@ def select(
     matrices: list[Target | Skipped] = []
     for name, module_name, module, key, weight in _matrices(model):
         reason = _intrinsic_reason(model, name, module, weight)
-        role = role_of(name)
+        role = role_of(name.removesuffix(".weight"))
         if reason is None and any(_contains_parts(name, part) for part in excluded):
             reason = "modules_to_not_convert"
         if reason is None:
@@ -227,14 +227,15 @@ def _path_inside_layer(name: str) -> str | None:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str, Tensor]]:
-    """Yield every parameter with two or more dimensions once, tied ones under their first name."""
+    """Yield every parameter of two or more dimensions once, tied ones under their first name."""
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or "bias" in key or key == "weight_indices" or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = module_name.removesuffix(".base_layer") if key == "weight" else f"{module_name}.{key}".lstrip(".")
+            linear = key == "weight" and not _is_expert_stack(module_name, parameter)
+            name = module_name.removesuffix(".base_layer") if linear else f"{module_name}.{key}".lstrip(".")
             yield name, module_name, module, key, parameter
 
 
@@ -248,9 +249,9 @@ def _computes_as_linear(module: nn.Linear) -> bool:
 
 
 def _input_dim(module: nn.Module) -> int:
-    """Conv1D stores (in, out); so do a few expert stacks, which say so, and Llama 4's, which do not."""
-    transposed = isinstance(module, Conv1D) or type(module).__name__ == "Llama4TextExperts"
-    return -2 if transposed or getattr(module, "is_transposed", False) else -1
+    """Conv1D stores (in, out); so do a few expert stacks, some of which say so."""
+    named = isinstance(module, Conv1D) or type(module).__name__ in _TRANSPOSED
+    return -2 if named or getattr(module, "is_transposed", False) else -1
 
 
 def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Tensor) -> str | None:
@@ -263,8 +264,8 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
         return "router"
     if hasattr(module, "weight_indices"):
         return "already packed"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "read directly by nn.MultiheadAttention"
+    if (parent := type(model.get_submodule(name.rpartition(".")[0])).__name__) in _READS_WEIGHTS:
+        return f"read directly by {parent}"
     if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
         return "not a linear projection"
     if isinstance(module, nn.Linear) and not _computes_as_linear(module):

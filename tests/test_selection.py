@@ -223,7 +223,7 @@ def test_a_width_that_is_no_multiple_of_four_is_left_with_the_reason():
 def test_multihead_attention_reads_its_projection_itself():
     model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
     reasons = {matrix.name: matrix.reason for matrix in select(model).skipped}
-    assert reasons["0.out_proj"] == "read directly by nn.MultiheadAttention"
+    assert reasons["0.out_proj"] == "read directly by MultiheadAttention"
 
 
 def test_shared_layers_are_named_once():
