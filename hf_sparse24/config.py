@@ -282,14 +282,17 @@ def _check_names(key: str, value: Any) -> None:
 
 
 def _describe(value: Any) -> Any:
-    """Name an object for the record: its name or path, else its type and length; of a mixture every source."""
-    if value is None or isinstance(value, str):
-        return value
+    """Name an object for the record: its name, else its type and length; of a mixture every source.
+
+    Of a path only the last part: a record is published, and folders are of the machine that it was made on.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str | Path):
+        return Path(value).name if Path(value).is_absolute() else str(value)
     if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
         return [[_describe(source), weight] for source, weight in value]
     name = getattr(value, "name_or_path", None)
     if isinstance(name, str) and name:
-        return name
-    if isinstance(value, Path):
-        return str(value)
+        return _describe(name)
     return f"{type(value).__name__} of {len(value)} items" if hasattr(value, "__len__") else type(value).__name__

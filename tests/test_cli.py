@@ -158,7 +158,7 @@ def test_prune_on_a_text_file(cli, tiny_llama_folder, tokenizer, text, tmp_path)
     described = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert described["method"] == "alps"
     facts = described["produced_by"]["calibration"]
-    assert (facts["dataset"], facts["num_samples"], facts["sequence_length"]) == (str(text), 8, 16)
+    assert (facts["dataset"], facts["num_samples"], facts["sequence_length"]) == (text.name, 8, 16)
     assert facts["matching"] is None
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
