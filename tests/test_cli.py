@@ -305,7 +305,9 @@ def test_a_failure_keeps_what_force_would_have_replaced(cli, source, tmp_path, m
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have had ignored
 from transformers import PreTrainedModel
 from hf_sparse24.cli import main
 
