@@ -21,10 +21,10 @@ from hf_sparse24.pattern import prune_2to4
 
 logger = logging.get_logger(__name__)
 
-# Tokens come in multiples of these. The library takes 8 for float16 too, and then crashes in some algorithms (0.8.0).
+# Tokens come in multiples of these. The library takes 8 for float16 too, where a search of its algorithms crashed.
 ROWS = {torch.float16: 16, torch.bfloat16: 8, torch.int8: 16, torch.float8_e4m3fn: 16}
 FEATURES = {torch.float16: 16, torch.bfloat16: 16, torch.int8: 32, torch.float8_e4m3fn: 32}  # inputs and outputs too
-_SMALLEST = 128  # of either: some algorithms for Hopper crash on less
+_SMALLEST = 128  # of either: a search on less crashed a GPU, with float16
 
 _opening = threading.Lock()
 
