@@ -15,21 +15,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import performance_tables  # noqa: E402
 
 PLACE = re.compile(r"<!-- figures: (\w+) -->")
-TEXTS = {"perplexity_bbc": "BBC", "perplexity_sotu": "SOTU", "perplexity_foldoc": "FOLDOC"}
+TEXTS = {f"perplexity_{name.lower()}": name for name in ("BBC", "SOTU", "FOLDOC", "Austen")}
 
 
 def methods():
     """Return the perplexity of SmolLM2-135M-Instruct by method, as measured."""
     found = json.loads((RESULTS / "one_shot_smollm2.json").read_text(encoding="utf8"))
     body = [
-        [row["row"], *(f"{row[key]:.1f}" for key in TEXTS)]
+        [row["row"], *(f"{row[key]:.1f}" if key in row else "" for key in TEXTS)]
         for row in found["rows"]
-        if all(row.get(key) is not None for key in TEXTS)
+        if "perplexity_bbc" in row
     ]
-    facts = found["conditions"]
-    conditions = f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}, `{facts['command']}`"
+    machines = {run["gpu"] for run in found["conditions"]}
+    dates = sorted({run["date"] for run in found["conditions"]})
     table = performance_tables.markdown(["", *TEXTS.values()], body)
-    return f"{table}\n\n{conditions}; rows in `benchmarks/results/one_shot_smollm2.json`."
+    conditions = f"{', '.join(sorted(machines))}, {' and '.join(dates)}, `python benchmarks/one_shot.py smollm2`"
+    return f"{table}\n\n{conditions}; rows, each with its conditions, in `benchmarks/results/one_shot_smollm2.json`."
 
 
 def performance():
