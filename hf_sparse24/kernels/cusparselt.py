@@ -70,36 +70,36 @@ def matmul(
     """Return input @ unpacked(weight).T, with int8 times the scale of each output, plus bias, in `out_dtype`.
 
     Args:
-        input (`Tensor`): (M, K) in the dtype of the weight; rows behind the last are read where the memory is there.
+        input (`Tensor`): (..., K) in the dtype of the weight; rows behind the last are read where the memory is there.
         weight, metadata (`Tensor`): (N, K/2) and bytes, as `compress` returned them. Copies that do not follow each
             other in memory are put together at every call.
         weight_scale (`Tensor`, *optional*): (N,) float32, with int8.
         bias (`Tensor`, *optional*): (N,) in `out_dtype`, without a scale.
         out_dtype (`torch.dtype`): float16 or bfloat16; that of the weight, if it is one of them.
     """
-    tokens, features = input.shape
-    rows = ROWS[weight.dtype]
+    leading, features, outputs = input.shape[:-1], input.shape[-1], weight.shape[0]
+    tokens, rows = input.numel() // features, ROWS[weight.dtype]
     padded = -(-tokens // rows) * rows
     if not tokens:
-        return input.new_empty(0, weight.shape[0], dtype=out_dtype)
-    input = _with_rows(input, padded)
+        return input.new_empty((*leading, outputs), dtype=out_dtype)
+    input = _with_rows(input, tokens, padded)
     if metadata.data_ptr() != weight.data_ptr() + weight.nbytes:
         logger.warning_once("Metadata of a packed weight do not follow it in memory: both are copied at every call.")
         buffer = torch.cat((weight.reshape(-1).view(torch.uint8), metadata))
         weight = buffer[: weight.nbytes].view(weight.dtype).view_as(weight)
     if not has_nvmath():
         out = _matmul_of_torch(input, weight, metadata, weight_scale, out_dtype, padded)[:tokens]
-        return out if bias is None else out.add_(bias)
-    out = torch.empty(padded, weight.shape[0], dtype=out_dtype, device=input.device)
+        return (out if bias is None else out.add_(bias)).view(*leading, outputs)
+    out = input.new_empty((*leading, outputs) if tokens == padded else (padded, outputs), dtype=out_dtype)
     device = input.get_device()
-    problem = Problem(weight.shape[0], features, padded, weight.dtype, out_dtype, bias is not None)
+    problem = Problem(outputs, features, padded, weight.dtype, out_dtype, bias is not None)
     operands = Operands(input, weight, weight_scale, bias, out)
     if torch._C._cuda_getDevice() == device:
         _library(device).run(problem, operands)
     else:
         with torch.cuda.device(device):
             _library(device).run(problem, operands)
-    return out if tokens == padded else out[:tokens]
+    return out if tokens == padded else out[:tokens].view(*leading, outputs)
 
 
 def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, device: torch.device) -> Choice:
@@ -120,16 +120,16 @@ def tune(out_features: int, in_features: int, dtype: torch.dtype, tokens: int, d
     return _library(values.device.index).choice(Problem(out_features, in_features, rows, dtype, out_dtype, False))
 
 
-def _with_rows(input: Tensor, rows: int) -> Tensor:
-    """Return a contiguous, aligned input behind which there is memory up to a number of rows."""
+def _with_rows(input: Tensor, tokens: int, rows: int) -> Tensor:
+    """Return a contiguous, aligned input (..., K) of some tokens, behind which there is memory for as many rows."""
     if input.is_contiguous() and input.data_ptr() % 16 == 0:
-        if len(input) == rows:
+        if tokens == rows:
             return input
         room = input.untyped_storage().nbytes() // input.itemsize - input.storage_offset()
-        if room >= rows * input.shape[1]:
+        if room >= rows * input.shape[-1]:
             return input
-    padded = input.new_empty(rows, input.shape[1])
-    padded[: len(input)] = input
+    padded = input.new_empty(rows, input.shape[-1])
+    padded[:tokens] = input.reshape(tokens, -1)
     return padded
 
 
@@ -153,6 +153,6 @@ def _matmul_of_torch(
     outputs, width = weight.shape
     width += metadata.nbytes // weight.itemsize // outputs
     buffer = weight.as_strided((outputs, width), (width, 1))  # the values and what follows them
-    input = input.as_strided((rows, input.shape[1]), (input.shape[1], 1))
+    input = input.as_strided((rows, input.shape[-1]), (input.shape[-1], 1))
     integer_or_fp8 = out_dtype if weight.itemsize == 1 else None
     return torch._cslt_sparse_mm(buffer, input.t(), alpha=alpha, out_dtype=integer_or_fp8, transpose_result=True)

@@ -13,6 +13,7 @@ in place of the indices.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ logger = logging.get_logger(__name__)
 
 FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 32, torch.float8_e4m3fn: 16}  # by dtype of the values
 ACTIVATIONS = (torch.float16, torch.bfloat16)
+Quantize = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 _ALIGNMENT = 16  # bytes, of what kernels read
 
 
@@ -193,25 +195,26 @@ def linear(
     bias: Tensor | None,
     weight_metadata: Tensor | None = None,
     backend: str = "auto",
+    quantize: Quantize | None = None,
 ) -> Tensor:
-    """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`."""
+    """Return input @ unpacked(weight).T + bias; the contract is in `kernels.ops`.
+
+    `quantize` stands in for `quantize_per_token`, as where siblings share its result.
+    """
     _check_features(input, weight)
-    rows = input.reshape(-1, input.shape[-1])
-    kernel = choose(rows.shape[0], input.dtype, weight, weight_metadata, backend)
+    kernel = choose(input.numel() // input.shape[-1], input.dtype, weight, weight_metadata, backend)
     if kernel == "nvrtc":
         return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
     if kernel == "reference":
         return reference.linear(input, weight, weight_indices, weight_scale, bias)
     if weight_scale is not None:
-        values, scale = quantize_per_token(input, weight.dtype)
+        values, scale = (quantize or quantize_per_token)(input, weight.dtype)
         return scaled_linear(
             values, scale, weight, weight_indices, weight_scale, bias, input.dtype, weight_metadata, backend
         )
     if input.dtype != weight.dtype:
         raise TypeError(f"the input is {dtype_name(input.dtype)}, the weight {dtype_name(weight.dtype)}")
-    return cusparselt.matmul(rows, weight, weight_metadata, None, bias, input.dtype).view(
-        *input.shape[:-1], weight.shape[0]
-    )
+    return cusparselt.matmul(input, weight, weight_metadata, None, bias, input.dtype)
 
 
 def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -236,14 +239,12 @@ def scaled_linear(
     _check_features(input, weight)
     if weight_metadata is None or out_dtype not in ACTIVATIONS or backend in ("reference", "nvrtc"):
         return reference.scaled_linear(input, input_scale, weight, weight_indices, weight_scale, bias, out_dtype)
-    rows = input.reshape(-1, input.shape[-1])
     run = _through_cutlass if weight_metadata.ndim == 2 else _through_cusparselt
-    out = run(rows, input_scale, weight, weight_metadata, weight_scale, _bias_as_read(bias, out_dtype), out_dtype)
-    return out.view(*input.shape[:-1], weight.shape[0])
+    return run(input, input_scale, weight, weight_metadata, weight_scale, _bias_as_read(bias, out_dtype), out_dtype)
 
 
 def _through_cutlass(
-    rows: Tensor,
+    input: Tensor,
     scale: Tensor | None,
     weight: Tensor,
     metadata: Tensor,
@@ -251,15 +252,18 @@ def _through_cutlass(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not rows.shape[0]:
-        return rows.new_empty(0, weight.shape[0], dtype=dtype)
+    leading, tokens = input.shape[:-1], input.numel() // input.shape[-1]
+    if not tokens:
+        return input.new_empty((*leading, weight.shape[0]), dtype=dtype)
     if scale is None:
-        scale = torch.ones(rows.shape[0], device=rows.device)
-    return float8.scaled_linear(rows.contiguous(), scale, weight, metadata, weight_scale, bias, dtype)
+        scale = torch.ones(tokens, device=input.device)
+    rows = input.view(tokens, -1) if input.is_contiguous() else input.reshape(tokens, -1).contiguous()
+    out = float8.scaled_linear(rows, scale, weight, metadata, weight_scale, bias, dtype)
+    return out.view(*leading, -1) if len(leading) != 1 else out
 
 
 def _through_cusparselt(
-    rows: Tensor,
+    input: Tensor,
     scale: Tensor | None,
     weight: Tensor,
     metadata: Tensor,
@@ -270,11 +274,11 @@ def _through_cusparselt(
     """INT8 has the weight's scales in the product; the other scales and the bias are a second pass."""
     in_product = weight_scale if weight.dtype == torch.int8 else None
     # In bfloat16 whatever the result: without the token's scale a sum can be beyond float16.
-    product = cusparselt.matmul(rows, weight, metadata, in_product, None, torch.bfloat16)
+    product = cusparselt.matmul(input, weight, metadata, in_product, None, torch.bfloat16)
     if scale is None and in_product is not None and bias is None and dtype == torch.bfloat16:
         return product
     if scale is None:
-        scale = torch.ones(len(rows), device=rows.device)
+        scale = torch.ones(input.numel() // input.shape[-1], device=input.device)
     return quantize_activations.scale_product_(
         product, scale, None if in_product is not None else weight_scale, bias, dtype
     )

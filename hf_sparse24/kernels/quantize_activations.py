@@ -30,22 +30,28 @@ def quantize_per_token(input: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
         input (`Tensor`): float32, float16 or bfloat16, on a GPU; rows may be strided.
         dtype (`torch.dtype`): torch.int8 or torch.float8_e4m3fn.
     """
-    *leading, features = input.shape
-    rows = input.reshape(-1, features)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    tokens = rows.shape[0]
+    shape, features = input.shape, input.shape[-1]
+    tokens = input.numel() // features if features else 0
+    rows, stride = (input, features) if input.is_contiguous() else _strided(input)
     padding = -tokens % ROWS
-    quantized = input.new_empty((tokens + padding, features), dtype=dtype)
     if padding:
-        quantized = quantized[:tokens]
-    scale = input.new_empty((*leading, 1), dtype=torch.float32)
-    if tokens and features:
+        quantized = input.new_empty((tokens + padding, features), dtype=dtype)[:tokens].view(shape)
+    else:
+        quantized = input.new_empty(shape, dtype=dtype)
+    scale = input.new_empty((*shape[:-1], 1), dtype=torch.float32)
+    if tokens:
         device = input.get_device()
-        kernel, threads = _quantize_token(rows.dtype, dtype, features, _width(rows), device)
+        kernel, threads = _quantize_token(input.dtype, dtype, features, _width(rows, features, stride), device)
         pointers = (rows.data_ptr(), quantized.data_ptr(), scale.data_ptr())
-        launch(kernel, (tokens, 1), threads, (*pointers, rows.stride(0), features, _SMALLEST_BITS), device)
-    return quantized.view(input.shape), scale
+        launch(kernel, (tokens, 1), threads, (*pointers, stride, features, _SMALLEST_BITS), device)
+    return quantized, scale
+
+
+def _strided(input: Tensor) -> tuple[Tensor, int]:
+    """Return an input as (M, K) with contiguous features, and how far its tokens are from each other."""
+    rows = input.reshape(-1, input.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def scale_product_(
@@ -54,20 +60,21 @@ def scale_product_(
     """Return product * weight_scale * token_scale + bias in `dtype`, in the memory of the product.
 
     Args:
-        product (`Tensor`): (M, N) bfloat16 on a GPU, contiguous, N divisible by 8.
+        product (`Tensor`): (..., N) bfloat16 on a GPU, contiguous, N divisible by 8.
         token_scale (`Tensor`): M values in float32.
         weight_scale (`Tensor`, *optional*): (N,) float32.
         bias (`Tensor`, *optional*): (N,) in `dtype`.
         dtype (`torch.dtype`): float16 or bfloat16.
     """
-    tokens, outputs = product.shape
+    outputs = product.shape[-1]
+    tokens = product.numel() // outputs
     if tokens:
         device = product.get_device()
         optional = (0 if tensor is None else tensor.data_ptr() for tensor in (weight_scale, bias))
         arguments = (product.data_ptr(), token_scale.data_ptr(), *optional, outputs)
         grid = (tokens, -(-outputs // (8 * _THREADS)))
         launch(_scale_product(dtype, device), grid, _THREADS, arguments, device)
-    return product.view(dtype)
+    return product if product.dtype == dtype else product.view(dtype)
 
 
 def block(features: int, width: int) -> tuple[int, int]:
@@ -90,10 +97,10 @@ def definitions(dtype: torch.dtype, quantized: torch.dtype, width: int, vectors:
     return {"INPUT": _INPUTS[dtype], "FP8": is_fp8, "WIDTH": width, "VECTORS": vectors, "THREADS": threads}
 
 
-def _width(rows: Tensor) -> int:
+def _width(rows: Tensor, features: int, stride: int) -> int:
     """Return how many elements a thread may read at once: 16 bytes of them where everything is aligned, else one."""
     width = _BYTES // rows.itemsize
-    return width if rows.shape[1] % width == rows.stride(0) % width == rows.data_ptr() % _BYTES == 0 else 1
+    return width if features % width == stride % width == rows.data_ptr() % _BYTES == 0 else 1
 
 
 @functools.cache

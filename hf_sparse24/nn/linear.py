@@ -8,6 +8,7 @@ On a GPU a library reads the weight in its own form (`kernels.dispatch.prepare`)
 library's buffer, and `weight_metadata`, which is never saved, stands in place of the indices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -77,11 +78,11 @@ class Sparse24Linear(nn.Linear):
             torch.empty(out_features, indices_width(in_features), dtype=torch.uint8, device=device)
         )
         scale = torch.empty(out_features, dtype=torch.float32, device=device) if quantization else None
-        self.weight_scale = None if scale is None else _frozen(scale)
+        self.register_parameter("weight_scale", None if scale is None else _frozen(scale))
         self.register_buffer("weight_metadata", None, persistent=False)
         self._prepared: tuple[int, ...] | None = None  # the state of the weight that the metadata belong to
         self._few_tokens = 0
-        self._shared_input: tuple[SharedInput, int] | None = None
+        self._quantize: dispatch.Quantize | None = None
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self._model_dtype, device=device))
@@ -186,48 +187,56 @@ class Sparse24Linear(nn.Linear):
             dtype = self.weight.dtype if self.quantization is None else torch.get_autocast_dtype(device_type)
             with torch.autocast(device_type, enabled=False):
                 return self.forward(input.to(dtype))
-        bias = self.bias
-        if not input.is_cuda or (
-            torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
-        ):
-            how = (self._current_metadata(), self.backend)
-            return torch.ops.hf_sparse24.linear(input, self.weight, self.weight_indices, self.weight_scale, bias, *how)
-        return self._without_gradients(input)
-
-    def _without_gradients(self, input: Tensor) -> Tensor:
-        """Run on a GPU: called directly where nobody traces, since the dispatcher costs as much as a launch."""
         compiling = torch.compiler.is_compiling()
-        direct = not compiling and dispatch.nobody_traces(input)
-        weight = (self.weight, self.weight_indices, self.weight_scale)
-        run = dispatch if direct else torch.ops.hf_sparse24
-        takes_8_bits = self.quantization is not None and input.dtype in dispatch.ACTIVATIONS
-        # Asked only where it decides: compiled code is guarded by the answer.
-        few = (direct or takes_8_bits) and input.numel() <= self._few_tokens * self.in_features
-        if few and direct and input.dtype in dispatch.ACTIVATIONS:
-            return dispatch.few_tokens_linear(input, *weight, self.bias)
+        if input.is_cuda and not compiling and dispatch.nobody_traces(input) and not self._differentiates(input):
+            return self._directly(input)
         how = (self._current_metadata(), self.backend)
-        if not takes_8_bits or how[0] is None or few:
-            return run.linear(input, *weight, self.bias, *how)
-        if not compiling:
-            values, scale = self._quantized(input)
-            return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
-        # In plain torch, so that the compiler fuses the quantization with what made the input, makes that of siblings
-        # one, and applies the token's scale in what reads the result.
-        values, scale = quantize_tokens(input, self.weight.dtype)
-        if self.quantization != "int8":
-            return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
-        product = run.scaled_linear(values, None, *weight, None, torch.bfloat16, *how) * scale
-        return (product if self.bias is None else product + self.bias).to(input.dtype)
+        weight = (self.weight, self.weight_indices, self.weight_scale)
+        if compiling and input.is_cuda and self._quantizes(input) and not self._differentiates(input):
+            return self._in_compiled_code(input, *weight, *how)
+        return torch.ops.hf_sparse24.linear(input, *weight, self.bias, *how)
 
-    def _quantized(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        if self._shared_input is None:
-            return dispatch.quantize_per_token(input, self.weight.dtype)
-        shared, number = self._shared_input
-        return shared.quantize(number, input, self.weight.dtype)
+    def _differentiates(self, input: Tensor) -> bool:
+        bias = self._parameters["bias"]
+        return torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+
+    def _directly(self, input: Tensor) -> Tensor:
+        """Run on a GPU past torch's dispatcher, which costs as much as a launch, as do attributes of a module."""
+        parameters = self._parameters
+        weight, indices, scale = parameters["weight"], parameters["weight_indices"], parameters["weight_scale"]
+        how = (self._current_metadata(), self.backend, self._quantize)
+        return dispatch.linear(input, weight, indices, scale, parameters["bias"], *how)
+
+    def _quantizes(self, input: Tensor) -> bool:
+        """Whether an input on a GPU is quantized. Asked only where it decides: compiled code is guarded by it."""
+        if self.quantization is None or input.dtype not in dispatch.ACTIVATIONS or self.weight_metadata is None:
+            return False
+        return input.numel() > self._few_tokens * self.in_features
+
+    def _in_compiled_code(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        weight_indices: Tensor,
+        weight_scale: Tensor,
+        metadata: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """Quantize in plain torch.
+
+        So the compiler fuses the quantization with what made the input, makes that of siblings one, and applies the
+        token's scale in what reads the result.
+        """
+        values, scale = quantize_tokens(input, weight.dtype)
+        run, weight_tensors = torch.ops.hf_sparse24.scaled_linear, (weight, weight_indices, weight_scale)
+        if self.quantization != "int8":
+            return run(values, scale, *weight_tensors, self.bias, input.dtype, metadata, backend)
+        product = run(values, None, *weight_tensors, None, torch.bfloat16, metadata, backend) * scale
+        return (product if self.bias is None else product + self.bias).to(input.dtype)
 
     def share_input(self, shared: SharedInput, number: int) -> None:
         """Quantize inputs together with siblings that are called with the same tensor, as one of them by number."""
-        self._shared_input = (shared, number)
+        self._quantize = functools.partial(shared.quantize, number)
 
     @torch.no_grad()
     def prepare_(self) -> None:
@@ -249,7 +258,7 @@ class Sparse24Linear(nn.Linear):
 
     def _current_metadata(self) -> Tensor | None:
         """Return the metadata, made anew where the weight is not the one that they were made from."""
-        if torch.compiler.is_compiling() or not self.weight.is_cuda:
+        if torch.compiler.is_compiling() or not self._parameters["weight"].is_cuda:
             return self.weight_metadata
         if self._is_offloaded():  # the weight is here for this call only
             self.weight_metadata, self._prepared = None, None
@@ -261,12 +270,13 @@ class Sparse24Linear(nn.Linear):
                     "Run the model once before."
                 )
             self.prepare_()
-        return self.weight_metadata
+        return self._buffers["weight_metadata"]
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate brings the weight for each call, by a hook or one of several."""
-        hook = getattr(self, "_hf_hook", None)
-        return any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ())))
+        hook = self.__dict__.get("_hf_hook")
+        parts = () if hook is None else (hook, *getattr(hook, "hooks", ()))
+        return any(getattr(part, "offload", False) for part in parts)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the metadata of a copy, or of what was unpickled: they have to follow the weight in memory."""
@@ -274,8 +284,8 @@ class Sparse24Linear(nn.Linear):
         self.prepare_()
 
     def _state(self) -> tuple[int, ...]:
-        indices = self.weight_indices
-        return self.weight.data_ptr(), indices.data_ptr(), 0 if indices.is_inference() else indices._version
+        weight, indices = self._parameters["weight"], self._parameters["weight_indices"]
+        return weight.data_ptr(), indices.data_ptr(), 0 if indices.is_inference() else indices._version
 
     def _load_from_state_dict(self, *args: Any) -> None:
         """Make the metadata of what was loaded at once: compiled code does not look."""

@@ -67,7 +67,7 @@ class Library:
         product = F.linear(rows.double(), scatter_values(values, indices).double())
         product = product if operands.alpha is None else product * operands.alpha.double()
         product = product if operands.bias is None else product + operands.bias.double()
-        operands.out.copy_(product)
+        operands.out.view_as(product).copy_(product)
 
 
 def _at(address, shape, dtype):
