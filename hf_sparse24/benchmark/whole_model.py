@@ -131,7 +131,7 @@ def _measured(
         return replace(row, status=f"cannot run: {expected}")
     try:
         _reset_peak(device)
-        with _running(model, workload, mode, device) as step:
+        with running(model, workload, mode, device) as step:
             logits, us = _run(step, mode, device)
             error = _relative_error(logits, expected)
             if not error <= TOLERANCE[row.precision]:
@@ -164,7 +164,7 @@ def _run(step: Callable[[], Tensor], mode: Mode, device: torch.device) -> tuple[
 
 
 @contextmanager
-def _running(
+def running(
     model: PreTrainedModel, workload: Workload, mode: Mode, device: torch.device
 ) -> Iterator[Callable[[], Tensor]]:
     """Yield a step of a workload, with the model set up for it."""
@@ -204,7 +204,7 @@ def _step(model: PreTrainedModel, workload: Workload, device: torch.device) -> C
 @torch.no_grad()
 def _logits_or_reason(model: PreTrainedModel, workload: Workload, device: torch.device) -> Tensor | str:
     try:
-        with _running(model, workload, Mode(False, False), device) as step:
+        with running(model, workload, Mode(False, False), device) as step:
             return step().clone()
     except Exception as error:  # becomes the status of rows
         return _reason(error)
