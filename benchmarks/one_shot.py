@@ -24,7 +24,7 @@ from hf_sparse24 import Sparse24Config, pack_, prune_
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
 QUANTIZATIONS = ("int8", "fp8")
-OFF = {"refit": False, "match_blocks": False, "distill": False}
+OFF = {"refit": False, "match_blocks": False, "distill": False, "smooth": False}
 
 
 def requests(calibration):
@@ -37,7 +37,7 @@ def requests(calibration):
         rows[f"{method} + refit"] = ({"method": method, **OFF, "refit": True}, first)
         rows[f"{method} + refit + matching"] = ({"method": method, **OFF, "refit": True, "match_blocks": True}, first)
     rows["magnitude"] = ({"method": "magnitude"}, None)
-    everything = {"method": "auto", "match_blocks": True, "distill": True, "smooth": True}
+    everything = {"method": "auto", "match_blocks": True, "distill": True}
     rows["default"] = (everything, first)
     for quantization in QUANTIZATIONS:
         rows[f"default, {quantization}"] = ({**everything, "quantization": quantization}, first)

@@ -88,7 +88,6 @@ def main():
         "2:4 by the default recipe: 16 windows of 512 tokens, State of the Union before 1950",
         dataset=calibration_texts(),
         tokenizer=tokenizer,
-        smooth=True,  # for the 8-bit copies below; it changes nothing here
         **CALIBRATION,
     )
     add("2:4 default", model, "2of4")

@@ -71,8 +71,8 @@ class Sparse24Config(QuantizationConfigMixin):
             bytes a weight and the activations of a batch, where the model lives. None: wherever blocks are matched,
             `method` is "auto", `calibration_device` is None and there seems to be room.
         smooth (`bool`, *optional*): rescale norms and the columns of the weights that read them by powers of two,
-            which changes no output and makes 8-bit activations finer. None: with `quantization="int8"`, where there
-            are calibration data.
+            which changes no output and makes 8-bit activations finer. None: where there are calibration data, so that
+            the model can be packed in 8 bits now or later.
         calibration_device (`str`, *optional*): where each block is pruned in its turn, for a model that lives on the
             CPU. None: where the model is.
         progress_folder (`str`, *optional*): keeps finished blocks, so that the same call goes on where it stopped.

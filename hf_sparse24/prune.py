@@ -171,7 +171,7 @@ def recipe_of(config: Sparse24Config, method: str, device: torch.device | str) -
         matching=Matching() if matches else None,
         distillation=DISTILLATION if distills else None,
         quantization=config.quantization,
-        smooth=config.quantization == "int8" if config.smooth is None else config.smooth,
+        smooth=config.smooth is not False,
         seed=config.seed,
     )
 

@@ -322,7 +322,7 @@ class TestCalibrated:
             "quantization": quantization,
             "matching": None,
             "distillation": None,
-            "smooth": quantization == "int8",
+            "smooth": True,
         }
 
     def test_strings_and_a_tokenizer(self, tiny_llama_folder, tmp_path):

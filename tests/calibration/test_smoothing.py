@@ -7,6 +7,7 @@ from hf_sparse24.calibration.inputs import producers
 from hf_sparse24.calibration.smoothing import power_of_two_scale
 from hf_sparse24.kernels.reference import integer_matmul
 from hf_sparse24.packing import quantize_rows
+from hf_sparse24.prune import recipe_of
 from hf_sparse24.selection import Target
 from tests.families import FAMILIES, build, inputs
 
@@ -75,11 +76,10 @@ def test_eight_bit_activations_become_finer(family):
     assert rounding_error(pruned(family, smooth=True)) < rounding_error(pruned(family, smooth=False)) / 1.6
 
 
-def test_it_is_on_by_default_for_int8_alone(tiny_llama):
-    from hf_sparse24.prune import recipe_of
-
-    recipes = {key: recipe_of(Sparse24Config(quantization=key), "alps", "cpu").smooth for key in (None, "int8", "fp8")}
-    assert recipes == {None: False, "int8": True, "fp8": False}
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+def test_it_is_on_by_default(quantization):
+    assert recipe_of(Sparse24Config(quantization=quantization), "alps", "cpu").smooth
+    assert not recipe_of(Sparse24Config(quantization=quantization, smooth=False), "alps", "cpu").smooth
 
 
 def test_a_scale_is_a_power_of_two_and_leaves_the_geometric_mean():
