@@ -80,7 +80,7 @@ class Sparse24Linear(nn.Linear):
         self.weight_scale = None if scale is None else _frozen(scale)
         self.register_buffer("weight_metadata", None, persistent=False)
         self._prepared: tuple[int, ...] | None = None  # the state of the weight that the metadata belong to
-        self._few_tokens = 0
+        self._few_tokens = self._few_quantized_tokens = 0
         self._shared_input: tuple[SharedInput, int] | None = None
         self.register_parameter("bias", None)
         if bias:
@@ -206,15 +206,16 @@ class Sparse24Linear(nn.Linear):
         if few and direct and input.dtype in dispatch.ACTIVATIONS:
             return dispatch.few_tokens_linear(input, *weight, self.bias)
         how = (self._current_metadata(), self.backend)
-        if not takes_8_bits or how[0] is None or few:
+        own = takes_8_bits and input.numel() <= self._few_quantized_tokens * self.in_features
+        if not takes_8_bits or few or (how[0] is None and not own):
             return run.linear(input, *weight, self.bias, *how)
         if not compiling:
             values, scale = self._quantized(input)
             return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
         # In plain torch, so that the compiler fuses the quantization with what made the input, makes that of siblings
-        # one, and applies the token's scale in what reads the result.
+        # one, and applies the token's scale, where the kernel cannot, in what reads the result.
         values, scale = quantize_tokens(input, self.weight.dtype)
-        if self.quantization != "int8":
+        if self.quantization != "int8" or own:
             return run.scaled_linear(values, scale, *weight, self.bias, input.dtype, *how)
         product = run.scaled_linear(values, None, *weight, None, torch.bfloat16, *how) * scale
         return (product if self.bias is None else product + self.bias).to(input.dtype)
@@ -244,7 +245,7 @@ class Sparse24Linear(nn.Linear):
         with torch.inference_mode(False):
             prepared = dispatch.prepare(self.packed, self.backend)
         self.weight.data, self.weight_metadata = prepared.weight, prepared.metadata
-        self._few_tokens = prepared.few_tokens
+        self._few_tokens, self._few_quantized_tokens = prepared.few_tokens, prepared.few_quantized_tokens
         self._prepared = self._state()
 
     def _current_metadata(self) -> Tensor | None:
