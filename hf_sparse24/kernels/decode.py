@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse24.capability import Capability
-from hf_sparse24.kernels.decode_blocks import UNIT, Block, tiles
+from hf_sparse24.kernels.decode_blocks import UNIT, Block, Problem, tiles
 from hf_sparse24.kernels.nvrtc import allow_shared_memory, clusters_at_once, device_capability, launch, load
 
 MOST_TOKENS, MOST_QUANTIZED_TOKENS = 64, 128  # of a block; more tokens take more blocks
@@ -213,7 +213,7 @@ def _compiled(
     """Return the kernel for a projection."""
     capability = device_capability(device)
     at_once = functools.partial(clusters_at_once, device=device)
-    block = tiles(token_tiles, outputs, features, value_dtype, input_dtype, capability, at_once)
+    block = tiles(token_tiles, Problem(outputs, features, value_dtype, input_dtype, capability, at_once))
     kernel = _kernel(input_dtype, value_dtype, out_dtype, block, capability)
     size = block.shared_memory(value_dtype, input_dtype)
     if size > _USUAL_SHARED_MEMORY:

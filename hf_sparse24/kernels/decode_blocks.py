@@ -91,15 +91,45 @@ class Kind(NamedTuple):
     cluster: int
 
 
-def tiles(
-    token_tiles: int,
-    outputs: int,
-    features: int,
-    value_dtype: torch.dtype,
-    input_dtype: torch.dtype,
-    capability: tuple[int, int],
-    clusters_at_once: Callable[[int], int],
-) -> Block:
+class Problem(NamedTuple):
+    """A projection on a GPU.
+
+    Args:
+        outputs, features (`int`): N and K.
+        value_dtype, input_dtype (`torch.dtype`): of the packed values and of the activations.
+        capability (`tuple[int, int]`): of the GPU.
+        clusters_at_once (`Callable`): takes a number of blocks and says how many clusters of so many run at once if
+            every block has a multiprocessor; for one block the number of multiprocessors.
+    """
+
+    outputs: int
+    features: int
+    value_dtype: torch.dtype
+    input_dtype: torch.dtype
+    capability: tuple[int, int]
+    clusters_at_once: Callable[[int], int]
+
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory of a multiprocessor."""
+        return _SHARED_MEMORY.get(self.capability, _LEAST_SHARED_MEMORY)
+
+    def memory(self, block: Block) -> int:
+        """Return the bytes of shared memory that a block takes there."""
+        return block.shared_memory(self.value_dtype, self.input_dtype) + _RESERVED
+
+    def blocks_each(self, block: Block) -> int:
+        """Return how many blocks the busiest multiprocessor has: a cluster that does not fit at once doubles up."""
+        clusters = math.ceil(self.outputs / block.rows)
+        return math.ceil(clusters / self.clusters_at_once(block.cluster))
+
+    def takes(self, block: Block) -> bool:
+        """Tell whether a block fits, and divides what it copies."""
+        whole = block.copies_whole_rows(self.value_dtype, self.input_dtype)
+        return whole and self.features % (UNIT * block.units) == 0 and self.memory(block) <= self.room
+
+
+def tiles(token_tiles: int, problem: Problem) -> Block:
     """Return the block for a projection: of a few kinds, that for which the fitted time is the shortest.
 
     Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
@@ -110,77 +140,59 @@ def tiles(
 
     Args:
         token_tiles (`int`): tiles of 8 tokens.
-        outputs, features (`int`): N and K.
-        value_dtype, input_dtype (`torch.dtype`): of the packed values and of the activations.
-        capability (`tuple[int, int]`): of the GPU.
-        clusters_at_once (`Callable`): takes a number of blocks and says how many clusters of so many run at once if
-            every block has a multiprocessor; for one block the number of multiprocessors.
+        problem (`Problem`): the projection.
     """
-    shared_memory = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
-
-    def blocks_each(kind: Kind | Block) -> int:
-        """How many blocks the busiest multiprocessor has: what does not fit at once doubles up."""
-        clusters = math.ceil(outputs / (16 * kind.row_tiles * kind.row_warps))
-        return math.ceil(clusters / clusters_at_once(kind.cluster))
-
-    def complete(kind: Kind) -> Block | None:
-        """With long chunks, where there are rows enough to copy, and the stages that there is room for."""
-        block = Block(*kind[:3], token_tiles, 1, 2, kind.cluster)
-        by_registers = _REGISTERS // (block.registers * block.threads)
-        room = shared_memory // max(1, min(blocks_each(kind), _BLOCKS_AT_ONCE, by_registers))  # they run side by side
-        longest = 4 if _has_long_chunks(block, value_dtype, input_dtype) else 2
-        for budget in (room, shared_memory):
-            for units in (units for units in (longest, 2, 1) if features % (units * UNIT) == 0):
-                chunks = -(-features // (UNIT * units * block.teams * block.cluster))
-                for stages in range(min(_MOST_STAGES, 1 + max(chunks, 1)), 1, -1):
-                    staged = block._replace(units=units, stages=stages)
-                    fits = staged.shared_memory(value_dtype, input_dtype) <= budget - _RESERVED
-                    if fits and staged.copies_whole_rows(value_dtype, input_dtype):
-                        return staged
-        return None
-
-    found = [complete(kind) for kind in kinds(token_tiles, value_dtype, input_dtype, capability)]
-    blocks = [block for block in found if block is not None]
-
-    def nanoseconds(block: Block) -> float:
-        """How long the busiest multiprocessor takes by the fit."""
-        by_memory = shared_memory // (block.shared_memory(value_dtype, input_dtype) + _RESERVED)
-        side_by_side = min(by_memory, _REGISTERS // (block.registers * block.threads))
-        starts = -(-blocks_each(block) // max(1, side_by_side))
-        start = _START + (_START_OF_A_CLUSTER if block.cluster > 1 else 0)
-        return starts * start + blocks_each(block) * _work(block, features, value_dtype, input_dtype)
-
-    return min(blocks, key=nanoseconds)
+    found = (_completed(kind, token_tiles, problem) for kind in kinds(token_tiles, problem))
+    return min((block for block in found if block is not None), key=lambda block: nanoseconds(block, problem))
 
 
-def _work(block: Block, features: int, value_dtype: torch.dtype, input_dtype: torch.dtype) -> float:
+def _completed(kind: Kind, token_tiles: int, problem: Problem) -> Block | None:
+    """Return a block with long chunks, where there are rows enough to copy, and the stages that there is room for."""
+    block = Block(*kind[:3], token_tiles, 1, 2, kind.cluster)
+    by_registers = _REGISTERS // (block.registers * block.threads)
+    side_by_side = max(1, min(problem.blocks_each(block), _BLOCKS_AT_ONCE, by_registers))
+    longest = 4 if _has_long_chunks(block, problem) else 2
+    for budget in (problem.room // side_by_side, problem.room):
+        for units in (longest, 2, 1):
+            chunks = math.ceil(problem.features / (UNIT * units * block.teams * block.cluster))
+            for stages in range(min(_MOST_STAGES, 1 + max(chunks, 1)), 1, -1):
+                staged = block._replace(units=units, stages=stages)
+                if problem.takes(staged) and problem.memory(staged) <= budget:
+                    return staged
+    return None
+
+
+def nanoseconds(block: Block, problem: Problem) -> float:
+    """Return how long the busiest multiprocessor takes by the fit."""
+    side_by_side = min(problem.room // problem.memory(block), _REGISTERS // (block.registers * block.threads))
+    starts = math.ceil(problem.blocks_each(block) / max(1, side_by_side))
+    start = _START + (_START_OF_A_CLUSTER if block.cluster > 1 else 0)
+    return starts * start + problem.blocks_each(block) * _work(block, problem)
+
+
+def _work(block: Block, problem: Problem) -> float:
     """Return the nanoseconds that a block adds to a multiprocessor's time by the fit."""
-    columns = features / block.cluster
-    weights = block.rows * columns * (value_dtype.itemsize / 2 + 1 / 8)
-    x = block.tokens * columns * input_dtype.itemsize
+    of_a_value, of_x = problem.value_dtype.itemsize, problem.input_dtype.itemsize
+    columns = problem.features / block.cluster
+    weights, x = block.rows * columns * (of_a_value / 2 + 1 / 8), block.tokens * columns * of_x
     units, warps = columns / UNIT, block.row_warps * block.teams
     # Of a warp, for each unit of its team; the warps that share a scheduler take turns.
-    matrices = (
-        units * block.row_warps * (block.row_tiles * value_dtype.itemsize + block.token_tiles * input_dtype.itemsize)
-    )
-    products = (
-        units / block.teams * -(-warps // _SCHEDULERS) * block.row_tiles * block.token_tiles * input_dtype.itemsize
-    )
+    matrices = units * block.row_warps * (block.row_tiles * of_a_value + block.token_tiles * of_x)
+    turns = units / block.teams * math.ceil(warps / _SCHEDULERS)
+    products = turns * block.row_tiles * block.token_tiles * of_x
     return weights * _BYTE_OF_A_WEIGHT + x * _BYTE_OF_X + matrices * _LDMATRIX + products * _PRODUCT
 
 
-def _has_long_chunks(block: Block, value_dtype: torch.dtype, input_dtype: torch.dtype) -> bool:
-    if input_dtype.itemsize == 1:
+def _has_long_chunks(block: Block, problem: Problem) -> bool:
+    if problem.input_dtype.itemsize == 1:
         return True
-    return block.token_tiles <= 2 and block.rows >= 64 * value_dtype.itemsize
+    return block.token_tiles <= 2 and block.rows >= 64 * problem.value_dtype.itemsize
 
 
-def kinds(
-    token_tiles: int, value_dtype: torch.dtype, input_dtype: torch.dtype, capability: tuple[int, int]
-) -> list[Kind]:
+def kinds(token_tiles: int, problem: Problem) -> list[Kind]:
     """Return what to choose from; 8-bit weights that are widened take more work a byte, hence more warps a row."""
-    bits_16 = value_dtype.itemsize == 2
-    if input_dtype.itemsize == 1:
+    bits_16 = problem.value_dtype.itemsize == 2
+    if problem.input_dtype.itemsize == 1:
         found = _QUANTIZED[token_tiles]
     elif token_tiles <= 2:
         found = [(1, 1, 4, 2), (1, 4, 1, 1), (1, 4, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 8, 1, 1)]
@@ -190,7 +202,7 @@ def kinds(
     else:
         found = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(4, 2, 2, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
     alone = {Kind(*kind[:3], 1): None for kind in found}
-    return [Kind(*kind) for kind in found] if capability >= (9, 0) else list(alone)
+    return [Kind(*kind) for kind in found] if problem.capability >= (9, 0) else list(alone)
 
 
 # By tiles of tokens, for activations in 8 bits: not timed yet. With 4 row tiles a warp reads the tokens half as often,

@@ -6,6 +6,7 @@ import torch
 from hf_sparse24.kernels import decode
 from hf_sparse24.kernels.decode import (
     Block,
+    Problem,
     decode_capability,
     definitions,
     few_tokens_linear,
@@ -131,7 +132,8 @@ def test_random_shapes_of_quantized_activations_and_the_blocks_that_they_get(qua
     for _ in range(4):
         tokens, outputs, units = (int(torch.randint(2, most, (), generator=generator)) for most in (140, 150, 9))
         token_tiles = decode._TOKEN_TILES[min(tokens, decode.MOST_QUANTIZED_TOKENS)]
-        block = tiles(token_tiles, outputs, 64 * units, dtype, dtype, (9, 0), CLUSTERS.__getitem__)
+        problem = Problem(outputs, 64 * units, dtype, dtype, (9, 0), CLUSTERS.__getitem__)
+        block = tiles(token_tiles, problem)
         x, scale, packed, bias = quantized_operands(
             tokens, outputs, units, torch.bfloat16, quantization, kernel_device
         )
@@ -232,7 +234,8 @@ def test_nothing_beyond_the_last_row_or_token_is_read_or_written(kernel_device):
 def test_every_projection_gets_a_block_that_fits(value_dtype, input_dtype, token_tiles, capability, room):
     for tokens in token_tiles:
         for outputs, features in SHAPES:
-            block = tiles(tokens, outputs, features, value_dtype, input_dtype, capability, CLUSTERS.__getitem__)
+            at_once = CLUSTERS.__getitem__
+            block = tiles(tokens, Problem(outputs, features, value_dtype, input_dtype, capability, at_once))
             assert block.tokens == 8 * tokens
             assert features % (64 * block.units) == 0
             assert block.shared_memory(value_dtype, input_dtype) <= room * 1024
@@ -245,8 +248,9 @@ def test_every_projection_gets_a_block_that_fits(value_dtype, input_dtype, token
 
 
 def test_a_cluster_that_does_not_fit_at_once_is_taken_to_double_up():
-    arguments = (8, 4096, 14336, torch.bfloat16, torch.bfloat16, (9, 0))
-    fits, does_not = tiles(*arguments, CLUSTERS.__getitem__), tiles(*arguments, {**CLUSTERS, 4: 31}.__getitem__)
+    problem = Problem(4096, 14336, torch.bfloat16, torch.bfloat16, (9, 0), CLUSTERS.__getitem__)
+    fits = tiles(8, problem)
+    does_not = tiles(8, problem._replace(clusters_at_once={**CLUSTERS, 4: 31}.__getitem__))
     assert (fits.cluster, -(-4096 // fits.rows)) == (4, 32)
     assert -(-4096 // does_not.rows) != 32 or does_not.cluster != 4
 
