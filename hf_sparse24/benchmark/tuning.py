@@ -12,7 +12,7 @@ import torch
 
 from hf_sparse24.benchmark.shapes import Shape
 from hf_sparse24.capability import backend_capability, has_nvmath
-from hf_sparse24.kernels.dispatch import FEW_TOKENS, takes_weight
+from hf_sparse24.kernels.dispatch import FEW_QUANTIZED_TOKENS, FEW_TOKENS, takes_weight
 from hf_sparse24.packing import QUANTIZED_DTYPES
 
 MOST_TOKENS = 16384
@@ -34,11 +34,11 @@ def token_counts(value_dtype: torch.dtype, most: int = MOST_TOKENS) -> list[int]
 
     ```python
     >>> token_counts(torch.int8, 256)
-    [64, 128, 256]
+    [128, 256]
 
     ```
     """
-    first = 2 * FEW_TOKENS[value_dtype]
+    first = 2 * max(FEW_TOKENS[value_dtype], FEW_QUANTIZED_TOKENS.get(value_dtype, 0))
     return [1 << bits for bits in range(first.bit_length() - 1, most.bit_length()) if 1 << bits <= most]
 
 

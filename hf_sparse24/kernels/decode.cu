@@ -6,14 +6,18 @@
 // tensor cores take them in natural order: ldmatrix hands out rows of 16 bytes as mma.sp wants them, and the index
 // nibbles of format 1 are its metadata.
 //
+// Activations are of 16 bits, and values of 8 bits are then widened to them, or quantized as the values are, and then both
+// are multiplied as they stand; their scales belong to the result.
+//
 // Where there are too few rows to keep a GPU busy, the columns are divided: among teams of warps in a block, and among
 // the blocks of a cluster, which read each other's sums in the end (sm_90 and newer). All sums are in a fixed order.
 //
-// Names after the PTX ISA, "matrix fragments for sparse mma.m16n8k32": lane = 4 g + t. A product takes 8 groups of four
-// columns: lane t of a quad holds the pairs of the groups t and 4 + t, of rows g and g + 8.
+// Names after the PTX ISA, "matrix fragments for sparse mma.m16n8k32" (16 bits) and "m16n8k64" (8 bits): lane = 4 g + t.
+// With 16 bits a product takes 8 groups of four columns: lane t of a quad holds the pairs of the groups t and 4 + t, of
+// rows g and g + 8. With 8 bits it takes 16: lane t holds those of 2 t, 2 t + 1 and, 8 further, of as many.
 //
-// To be defined (see decode.py): HALF (1: float16, 0: bfloat16 activations), BITS (16 or 8) and FP8 (0 or 1) of the
-// values; ROW_TILES (of 16 rows) of a warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens);
+// To be defined (see decode.py): HALF (1: float16, 0: bfloat16 result, bias and activations of 16 bits), BITS (16 or 8)
+// and FP8 (0 or 1) of the values, X_BITS of the activations (16, or 8 if the values have 8); ROW_TILES (of 16 rows) of a warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens);
 // UNITS (of 64 columns) of a chunk and STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
 
 typedef unsigned char u8;
@@ -27,13 +31,21 @@ constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, TOKENS = 8 * TOKEN_TILES;  // o
 // Bytes of a row, or a token, in a chunk; and in shared memory, where 16 more let the 8 rows that ldmatrix reads at once
 // lie in different banks.
 constexpr int VALUE_BYTES = UNITS * 4 * BITS, VALUE_PITCH = VALUE_BYTES + 16;
-constexpr int X_BYTES = UNITS * 128, X_PITCH = X_BYTES + 16;
+constexpr int X_BYTES = UNITS * 8 * X_BITS, X_PITCH = X_BYTES + 16;
 constexpr int INDEX_BYTES = UNITS * 8;
 constexpr int X_AT = ROWS * VALUE_PITCH, INDICES_AT = X_AT + TOKENS * X_PITCH, STAGE = INDICES_AT + ROWS * INDEX_BYTES;
 
-// Shared memory: the scales and biases of the rows; then the queues of the teams and, in their place, the sums.
-constexpr int BIASES_AT = ROWS * 4, QUEUES_AT = BIASES_AT + ROWS * 2;
+// Shared memory: the scales and biases of the rows and, of quantized ones, the scales of the tokens; then the queues of
+// the teams and, in their place, the sums.
+constexpr int BIASES_AT = ROWS * 4, TOKEN_SCALES_AT = BIASES_AT + ROWS * 2;
+constexpr int QUEUES_AT = TOKEN_SCALES_AT + (X_BITS == 8 ? TOKENS * 4 : 0);
 constexpr int SUM_PITCH = (ROWS + 4) * 4;  // of a token: lanes that write tokens 2 t of rows g hit different banks
+
+#if X_BITS == 8 && !FP8
+typedef int Sum;
+#else
+typedef float Sum;
+#endif
 
 #ifndef EMULATED
 __device__ u32 shared_memory() {
@@ -115,16 +127,24 @@ __device__ u32 fma2(u32 a, u32 b, u32 c) {
     return d;
 }
 
-template <int SELECTOR>
-__device__ void mma_sp(float (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 metadata) {
-#if HALF
-#define TYPES "f32.f16.f16.f32"
+#if X_BITS == 8 && FP8
+#define FORM "m16n8k64.row.col.f32.e4m3.e4m3.f32"
+#define SUM "+f"
+#elif X_BITS == 8
+#define FORM "m16n8k64.row.col.s32.s8.s8.s32"
+#define SUM "+r"
+#elif HALF
+#define FORM "m16n8k32.row.col.f32.f16.f16.f32"
+#define SUM "+f"
 #else
-#define TYPES "f32.bf16.bf16.f32"
+#define FORM "m16n8k32.row.col.f32.bf16.bf16.f32"
+#define SUM "+f"
 #endif
-    asm("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col." TYPES
+template <int SELECTOR>
+__device__ void mma_sp(Sum (&d)[4], const u32 (&a)[4], const u32 (&b)[4], u32 metadata) {
+    asm("mma.sp::ordered_metadata.sync.aligned." FORM
         " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : SUM(d[0]), SUM(d[1]), SUM(d[2]), SUM(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(metadata),
           "n"(SELECTOR));
 }
@@ -194,21 +214,25 @@ __device__ void fetch(u32 stage, const Operands &from, u32 chunk, int thread) {
                                                                          from.indices + chunk * INDEX_BYTES + piece,
                                                                          from.columns / 8, row, from.last_row);
 
-    // Of values of 8 bits ldmatrix gives a lane two neighbouring groups, for two products: the even groups of a unit are
-    // for the first, the odd ones for the second. So the activations, whose groups have 8 bytes, are put in that order.
-    constexpr int X_PIECE = BITS == 16 ? 16 : 8, X_PIECES = X_BYTES / X_PIECE;
+    // Of values of 8 bits ldmatrix gives a lane two neighbouring groups. Widened, these are for two products: the even
+    // groups of a unit for the first, the odd ones for the second. So the activations, whose groups have 8 bytes, are put
+    // in that order.
+    constexpr int X_PIECE = BITS == X_BITS ? 16 : 8, X_PIECES = X_BYTES / X_PIECE;
     static_assert(TEAM % X_PIECES == 0, "a thread copies the same piece of every row");
     row = thread / X_PIECES, piece = thread % X_PIECES;
-    u32 place = BITS == 16 ? piece * 16 : piece / 16 * 128 + piece % 2 * 64 + piece % 16 / 2 * 8;
+    u32 place = BITS == X_BITS ? piece * 16 : piece / 16 * 128 + piece % 2 * 64 + piece % 16 / 2 * 8;
     copy_rows<TOKENS, TEAM / X_PIECES, X_PIECE, X_PITCH, false>(stage + X_AT + place,
                                                                 from.x + chunk * X_BYTES + piece * X_PIECE,
-                                                                from.columns * 2, row, from.last_token);
+                                                                from.columns / 8 * X_BITS, row, from.last_token);
 }
 
-// The metadata of the two products of a unit, from the nibbles of 16 groups of rows g and g + 8. Product p takes them
-// from lanes 2 p (groups 0 to 3 of a product) and 2 p + 1 (4 to 7) of a quad, row g in the lower half.
+// The metadata of a unit, from the nibbles of 16 groups of rows g and g + 8. Of the two products of 16 bits, product p
+// takes them from lanes 2 p (groups 0 to 3 of a product) and 2 p + 1 (4 to 7) of a quad, row g in the lower half. The one
+// product of 8 bits takes groups 0 to 7 of rows g and g + 8 from lanes 0 and 1, and 8 to 15 from lanes 2 and 3.
 __device__ u32 metadata_of(u32 nibbles, int t) {
-#if BITS == 16
+#if X_BITS == 8
+    return read_u32(nibbles + t % 2 * 8 * INDEX_BYTES + t / 2 * 4);
+#elif BITS == 16
     return __byte_perm(read_u16(nibbles + 2 * t), read_u16(nibbles + 8 * INDEX_BYTES + 2 * t), 0x5410);
 #else
     u32 rows[2];
@@ -220,7 +244,7 @@ __device__ u32 metadata_of(u32 nibbles, int t) {
 #endif
 }
 
-__device__ void multiply(float (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, int first_row, int lane) {
+__device__ void multiply(Sum (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, int first_row, int lane) {
     // Lane l gives ldmatrix the address of row l % 8 of matrix l / 8: of weights rows 0 to 7 and 8 to 15 of one piece of
     // 16 bytes, then of the next; of activations 8 tokens of four pieces.
     u32 a_at = stage + (first_row + lane % 16) * VALUE_PITCH + lane / 16 * 16;
@@ -232,11 +256,11 @@ __device__ void multiply(float (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, in
         for (int tile = 0; tile < ROW_TILES; ++tile)
             metadata[tile] = metadata_of(nibbles_at + 16 * tile * INDEX_BYTES + 8 * unit, lane % 4);
 #pragma unroll
-        for (int product = 0; product < 2; ++product) {
+        for (int product = 0; product < X_BITS / 8; ++product) {
             for (int tile = 0; tile < ROW_TILES; ++tile) {
                 u32 tile_at = a_at + 16 * tile * VALUE_PITCH;
-#if BITS == 16
-                ldmatrix(a[tile], tile_at + 64 * unit + 32 * product);
+#if BITS == X_BITS
+                ldmatrix(a[tile], tile_at + 4 * BITS * unit + 32 * product);
 #else
                 if (product == 0) ldmatrix(values[tile], tile_at + 32 * unit);
                 for (int i = 0; i < 4; ++i) a[tile][i] = widened(values[tile][i] >> 16 * product);
@@ -245,12 +269,12 @@ __device__ void multiply(float (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, in
 #pragma unroll
             for (int tokens = 0; tokens < TOKEN_TILES; ++tokens) {
                 u32 b[4];
-                ldmatrix(b, b_at + 8 * tokens * X_PITCH + 128 * unit + 64 * product);
+                ldmatrix(b, b_at + 8 * tokens * X_PITCH + 8 * X_BITS * unit + 64 * product);
                 for (int tile = 0; tile < ROW_TILES; ++tile)
                     if (product == 0)
                         mma_sp<0>(sums[tile][tokens], a[tile], b, metadata[tile]);
                     else
-                        mma_sp<1>(sums[tile][tokens], a[tile], b, metadata[tile]);
+                        mma_sp<X_BITS / 16>(sums[tile][tokens], a[tile], b, metadata[tile]);
             }
         }
     }
@@ -267,15 +291,15 @@ struct alignas(8) Four {
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
-    few_tokens_linear(const u16 *x, const u8 *values, const u8 *indices, const float *scale, const u16 *bias, u16 *out,
-                      int tokens, int outputs, int columns) {
+    few_tokens_linear(const u8 *x, const float *token_scale, const u8 *values, const u8 *indices, const float *scale,
+                      const u16 *bias, u16 *out, int tokens, int outputs, int columns) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int team = warp / ROW_WARPS, thread = threadIdx.x % TEAM, first_row = 16 * ROW_TILES * (warp % ROW_WARPS);
     int rank = blockIdx.y % CLUSTER;
     long long row = (long long)(blockIdx.y / CLUSTER) * ROWS, token = (long long)blockIdx.x * TOKENS;
     Operands from = {values + row * (columns / 16 * BITS),
                      indices + row * (columns / 8),
-                     (const u8 *)(x + token * columns),
+                     x + token * (columns / 8 * X_BITS),
                      (u32)columns,
                      (int)(outputs - row - 1),
                      (int)(tokens - token - 1)};
@@ -290,6 +314,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
         if (scale) copy<16>(memory + 4 * i, scale + row + i, 4 * there);
         if (bias) copy<8>(memory + BIASES_AT + 2 * i, bias + row + i, 2 * there);
     }
+    for (int i = 4 * threadIdx.x; X_BITS == 8 && token_scale && i < tokens_here; i += 4 * THREADS) {
+        int there = tokens_here - i < 4 ? tokens_here - i : 4;
+        copy<16>(memory + TOKEN_SCALES_AT + 4 * i, token_scale + token + i, 4 * there);
+    }
     // The chunks take turns among the teams of all blocks of the cluster.
     int first = rank * TEAMS + team, step = TEAMS * CLUSTER, chunks = (columns / (64 * UNITS) - first + step - 1) / step;
 #pragma unroll 1
@@ -297,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
         if (i < chunks) fetch(queue + i * STAGE, from, first + i * step, thread);
         commit_copies();
     }
-    float sums[ROW_TILES][TOKEN_TILES][4] = {};
+    Sum sums[ROW_TILES][TOKEN_TILES][4] = {};
 #pragma unroll 1
     for (int i = 0; i < chunks; ++i) {
         wait_for_all_copies_but<STAGES - 2>();
@@ -335,9 +363,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
             read_four(part, totals + m * SUM_PITCH + 4 * n, block);
             for (int j = 0; j < 4; ++j) sum[j] += part[j];
         }
+        float factor = X_BITS == 8 && token_scale ? __uint_as_float(read_u32(memory + TOKEN_SCALES_AT + 4 * m)) : 1;
         Four result;
         for (int j = 0; j < 4; ++j) {
             if (scale) sum[j] *= __uint_as_float(read_u32(memory + 4 * (n + j)));
+            if (X_BITS == 8) sum[j] *= factor;
             if (bias) sum[j] += to_float(read_u16(memory + BIASES_AT + 2 * (n + j)));
             result.halves[j] = to_half(sum[j]);
         }

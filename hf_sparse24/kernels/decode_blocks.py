@@ -1,5 +1,7 @@
 """The shape of the thread blocks of `decode.cu` for a projection."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,10 +12,15 @@ _LEAST_SHARED_MEMORY = 100 * 1024  # of a multiprocessor
 _RESERVED = 1024  # bytes of it for every block
 _BLOCKS_AT_ONCE = 4
 _MOST_STAGES = 8
-# What a multiprocessor could read while a block starts and ends, and while it waits for another of its cluster: about
-# 20 bytes a nanosecond.
-_BYTES_OF_A_START = 20_000
-_BYTES_OF_A_CLUSTER = 5_000
+_SCHEDULERS = 4  # of a multiprocessor, each with tensor cores of its own
+_REGISTERS = 65536  # of a multiprocessor
+_MOST_REGISTERS = 255  # of a thread
+# Of a multiprocessor, in nanoseconds. Fitted to the 126 times in `benchmarks/results/decode_blocks.json`, of one H100,
+# which they give with a root mean square error of 9 %: their sum, that is, for one thing hardly runs beside the other.
+_START, _START_OF_A_CLUSTER = 3000, 750
+_BYTE_OF_A_WEIGHT, _BYTE_OF_X = 0.036, 0.005  # one comes from memory, the other was read by another block
+_LDMATRIX = 2.4
+_PRODUCT = 2.3  # of mma.sp
 
 
 class Block(NamedTuple):
@@ -52,64 +59,162 @@ class Block(NamedTuple):
         """Of all its warps."""
         return 32 * self.row_warps * self.teams
 
-    def shared_memory(self, value_dtype: torch.dtype) -> int:
+    @property
+    def registers(self) -> int:
+        """Of a thread, about: the sums, and as many again for operands on their way; NVRTC allots 64 to 255."""
+        return min(64 + 10 * self.row_tiles * self.token_tiles, _MOST_REGISTERS)
+
+    def shared_memory(self, value_dtype: torch.dtype, input_dtype: torch.dtype) -> int:
         """Return the bytes it needs: rows with their gaps, in a queue, or the sums in its place; scales and biases."""
         row = self.units * (4 * 8 * value_dtype.itemsize + 8) + 16
-        stage = self.rows * row + self.tokens * (128 * self.units + 16)
-        return 6 * self.rows + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))
+        stage = self.rows * row + self.tokens * (UNIT * self.units * input_dtype.itemsize + 16)
+        scales = 6 * self.rows + (4 * self.tokens if input_dtype.itemsize == 1 else 0)
+        return scales + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))
+
+    def copies_whole_rows(self, value_dtype: torch.dtype, input_dtype: torch.dtype) -> bool:
+        """Tell whether a team's threads divide into whole rows of what they copy, in pieces as `fetch` has them."""
+        piece_of_x = 16 if value_dtype.itemsize == input_dtype.itemsize else 8
+        pieces = (
+            2 * self.units * value_dtype.itemsize,
+            max(1, self.units // 2),
+            UNIT * self.units * input_dtype.itemsize // piece_of_x,
+        )
+        return all(32 * self.row_warps % count == 0 for count in pieces)
 
 
-def tiles(
-    token_tiles: int,
-    outputs: int,
-    features: int,
-    value_dtype: torch.dtype,
-    capability: tuple[int, int],
-    multiprocessors: int,
-) -> Block:
-    """Return the block for a projection: of a few kinds, that with which the busiest multiprocessor reads the least.
+class Kind(NamedTuple):
+    """A block but for its chunks: row tiles and row warps, teams, blocks of a cluster."""
+
+    row_tiles: int
+    row_warps: int
+    teams: int
+    cluster: int
+
+
+class Problem(NamedTuple):
+    """A projection on a GPU.
+
+    Args:
+        outputs, features (`int`): N and K.
+        value_dtype, input_dtype (`torch.dtype`): of the packed values and of the activations.
+        capability (`tuple[int, int]`): of the GPU.
+        clusters_at_once (`Callable`): takes a number of blocks and says how many clusters of so many run at once if
+            every block has a multiprocessor; for one block the number of multiprocessors.
+    """
+
+    outputs: int
+    features: int
+    value_dtype: torch.dtype
+    input_dtype: torch.dtype
+    capability: tuple[int, int]
+    clusters_at_once: Callable[[int], int]
+
+    @property
+    def room(self) -> int:
+        """Bytes of shared memory of a multiprocessor."""
+        return _SHARED_MEMORY.get(self.capability, _LEAST_SHARED_MEMORY)
+
+    def memory(self, block: Block) -> int:
+        """Return the bytes of shared memory that a block takes there."""
+        return block.shared_memory(self.value_dtype, self.input_dtype) + _RESERVED
+
+    def blocks_each(self, block: Block) -> int:
+        """Return how many blocks the busiest multiprocessor has: a cluster that does not fit at once doubles up."""
+        clusters = math.ceil(self.outputs / block.rows)
+        return math.ceil(clusters / self.clusters_at_once(block.cluster))
+
+    def takes(self, block: Block) -> bool:
+        """Tell whether a block fits, and divides what it copies."""
+        whole = block.copies_whole_rows(self.value_dtype, self.input_dtype)
+        return whole and self.features % (UNIT * block.units) == 0 and self.memory(block) <= self.room
+
+
+def tiles(token_tiles: int, problem: Problem) -> Block:
+    """Return the block for a projection: of a few kinds, that for which the fitted time is the shortest.
 
     Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
-    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns. The kinds are those
-    that were the fastest, or nearly, for four shapes on one H100 (`benchmarks/results/decode_blocks.json`), picked by
-    hand from those timings; the constants are guesses, and other shapes and GPUs were not timed.
+    all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns. The kinds for
+    activations of 16 bits were, up to 32 tokens, the fastest or nearly for four shapes on one H100
+    (`benchmarks/results/decode_blocks.json`), picked by hand from those timings. Other shapes and GPUs were not timed;
+    `benchmarks/decode_blocks.py` times them.
+
+    Args:
+        token_tiles (`int`): tiles of 8 tokens.
+        problem (`Problem`): the projection.
     """
-    bits_16, few = value_dtype.itemsize == 2, token_tiles <= 2
-    shared_memory = _SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY)
+    found = (_completed(kind, token_tiles, problem) for kind in kinds(token_tiles, problem))
+    return min((block for block in found if block is not None), key=lambda block: nanoseconds(block, problem))
 
-    def blocks_each(block: Block) -> int:
-        return -(-(-(-outputs // block.rows) * block.cluster) // multiprocessors)
 
-    def complete(row_tiles: int, row_warps: int, teams: int, cluster: int) -> Block:
-        """With long chunks, where there are rows enough to copy, and the stages that there is room for."""
-        block = Block(row_tiles, row_warps, teams, token_tiles, 1, 2, cluster if capability >= (9, 0) else 1)
-        longest = 4 if few and block.rows >= 64 * value_dtype.itemsize else 2
-        units = next(n for n in (longest, 2, 1) if features % (n * UNIT) == 0)
-        # Blocks of a multiprocessor run side by side. Clusters of more than two were slow with room for one each:
-        # probably they do not fill all multiprocessors, and the last of them waits for the first.
-        side_by_side = min(max(blocks_each(block), 2 if block.cluster > 2 else 1), _BLOCKS_AT_ONCE)
-        chunks = -(-features // (UNIT * units * teams * block.cluster))
-        for room in (shared_memory // side_by_side, shared_memory):
-            for stages in range(min(_MOST_STAGES, 1 + chunks), 1, -1):
+def _completed(kind: Kind, token_tiles: int, problem: Problem) -> Block | None:
+    """Return a block with long chunks, where there are rows enough to copy, and the stages that there is room for."""
+    block = Block(*kind[:3], token_tiles, 1, 2, kind.cluster)
+    by_registers = _REGISTERS // (block.registers * block.threads)
+    side_by_side = max(1, min(problem.blocks_each(block), _BLOCKS_AT_ONCE, by_registers))
+    longest = 4 if _has_long_chunks(block, problem) else 2
+    for budget in (problem.room // side_by_side, problem.room):
+        for units in (longest, 2, 1):
+            chunks = math.ceil(problem.features / (UNIT * units * block.teams * block.cluster))
+            for stages in range(min(_MOST_STAGES, 1 + max(chunks, 1)), 1, -1):
                 staged = block._replace(units=units, stages=stages)
-                if staged.shared_memory(value_dtype) <= room - _RESERVED:
+                if problem.takes(staged) and problem.memory(staged) <= budget:
                     return staged
-        return block._replace(stages=0)  # does not fit
-
-    def cost(block: Block) -> float:
-        weights = block.rows * (value_dtype.itemsize / 2 + 1 / 8)
-        read = features / block.cluster * (weights + 2 * block.tokens)
-        return blocks_each(block) * (read + _BYTES_OF_A_START) + _BYTES_OF_A_CLUSTER * (block.cluster - 1)
-
-    kinds = (complete(*kind) for kind in _kinds(token_tiles, bits_16))
-    return min((block for block in kinds if block.stages), key=cost)
+    return None
 
 
-def _kinds(token_tiles: int, bits_16: bool) -> list[tuple[int, int, int, int]]:
-    """Return row tiles, row warps, teams and clusters; 8-bit weights take more work a byte, hence more warps a row."""
-    if token_tiles <= 2:
-        kinds = [(1, 1, 4, 2), (1, 4, 1, 1), (1, 4, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 8, 1, 1)]
-        return kinds + ([(2, 2, 1, 8), (2, 7, 1, 1)] if bits_16 else [])  # 7 warps cannot copy long chunks of 8 bits
-    if token_tiles == 4:
-        return [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
-    return [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(2, 4, 1, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
+def nanoseconds(block: Block, problem: Problem) -> float:
+    """Return how long the busiest multiprocessor takes by the fit."""
+    side_by_side = min(problem.room // problem.memory(block), _REGISTERS // (block.registers * block.threads))
+    starts = math.ceil(problem.blocks_each(block) / max(1, side_by_side))
+    start = _START + (_START_OF_A_CLUSTER if block.cluster > 1 else 0)
+    return starts * start + problem.blocks_each(block) * _work(block, problem)
+
+
+def _work(block: Block, problem: Problem) -> float:
+    """Return the nanoseconds that a block adds to a multiprocessor's time by the fit."""
+    of_a_value, of_x = problem.value_dtype.itemsize, problem.input_dtype.itemsize
+    columns = problem.features / block.cluster
+    weights, x = block.rows * columns * (of_a_value / 2 + 1 / 8), block.tokens * columns * of_x
+    units, warps = columns / UNIT, block.row_warps * block.teams
+    # Of a warp, for each unit of its team; the warps that share a scheduler take turns.
+    matrices = units * block.row_warps * (block.row_tiles * of_a_value + block.token_tiles * of_x)
+    turns = units / block.teams * math.ceil(warps / _SCHEDULERS)
+    products = turns * block.row_tiles * block.token_tiles * of_x
+    return weights * _BYTE_OF_A_WEIGHT + x * _BYTE_OF_X + matrices * _LDMATRIX + products * _PRODUCT
+
+
+def _has_long_chunks(block: Block, problem: Problem) -> bool:
+    if problem.input_dtype.itemsize == 1:
+        return True
+    return block.token_tiles <= 2 and block.rows >= 64 * problem.value_dtype.itemsize
+
+
+def kinds(token_tiles: int, problem: Problem) -> list[Kind]:
+    """Return what to choose from; 8-bit weights that are widened take more work a byte, hence more warps a row."""
+    bits_16 = problem.value_dtype.itemsize == 2
+    if problem.input_dtype.itemsize == 1:
+        found = _QUANTIZED[token_tiles]
+    elif token_tiles <= 2:
+        found = [(1, 1, 4, 2), (1, 4, 1, 1), (1, 4, 1, 2), (2, 4, 1, 1), (2, 4, 1, 2), (2, 8, 1, 1)]
+        found += [(2, 2, 1, 8), (2, 7, 1, 1)] if bits_16 else []  # 7 warps cannot copy long chunks of 8 bits
+    elif token_tiles == 4:
+        found = [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
+    else:
+        found = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(4, 2, 2, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
+    alone = {Kind(*kind[:3], 1): None for kind in found}
+    return [Kind(*kind) for kind in found] if problem.capability >= (9, 0) else list(alone)
+
+
+# By tiles of tokens, for activations in 8 bits: not timed yet. With 4 row tiles a warp reads the tokens half as often,
+# as its registers allow for up to 8 tiles of tokens.
+_QUANTIZED = {
+    token_tiles: [(row_tiles, warps, 1, cluster) for row_tiles, warps in shapes for cluster in (1, 2, 4, 8)]
+    + [(row_tiles, 2, 2, cluster) for row_tiles in {shape[0] for shape in shapes} for cluster in (1, 2, 4)]
+    for token_tiles, shapes in {
+        1: [(1, 4), (2, 4), (2, 7), (2, 8)],
+        2: [(1, 4), (2, 4), (2, 7), (2, 8)],
+        4: [(1, 4), (2, 4), (2, 7), (4, 2), (4, 4)],
+        8: [(1, 4), (1, 7), (2, 4), (2, 7), (4, 2), (4, 4)],
+        16: [(1, 4), (1, 7), (1, 8), (2, 4), (2, 7)],
+    }.items()
+}

@@ -4,6 +4,8 @@
 
 - up to `FEW_TOKENS` a projection takes as long as its weights take to read: the package's own kernel reads them once
   and takes 16-bit activations, so that weights in 8 bits need no quantization of activations (W8A16);
+- with 8-bit weights from there to `FEW_QUANTIZED_TOKENS` its form for quantized activations (W8A8), where the GPU has
+  the products for it;
 - from there on a library: torchao's kernel for FP8 on Hopper, else cuSPARSELt. With 8-bit weights the activations are
   quantized before (W8A8);
 - what neither takes, and float32, runs as `kernels.reference` does, dense.
@@ -21,13 +23,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from transformers.utils import logging
 
-from hf_sparse24.capability import Capability, backend_capability
+from hf_sparse24.capability import Capability, backend_capability, gpu_capability
 from hf_sparse24.kernels import cusparselt, decode, float8, quantize_activations, reference
 from hf_sparse24.packing import PackedWeight, dtype_name
 
 logger = logging.get_logger(__name__)
 
-FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 32, torch.float8_e4m3fn: 16}  # by dtype of the values
+# Up to how many tokens the package's own kernel runs, by the dtype of the values: on 16-bit activations; on quantized
+# ones, which is not from timings but from counted instructions.
+FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 16, torch.float8_e4m3fn: 16}
+FEW_QUANTIZED_TOKENS = {torch.int8: 64, torch.float8_e4m3fn: 64}
+_ALL_TOKENS = 2**31 - 1
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 Quantize = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
 _ALIGNMENT = 16  # bytes, of what kernels read
@@ -36,13 +42,14 @@ _ALIGNMENT = 16  # bytes, of what kernels read
 class Prepared(NamedTuple):
     """A packed weight as GPU kernels want it.
 
-    The values are as they were, or a view of a library's buffer; `few_tokens` is up to how many tokens the package's
-    own kernel runs, which reads the indices instead of the metadata.
+    The values are as they were, or a view of a library's buffer; up to how many tokens the package's own kernel runs,
+    which reads the indices instead of the metadata: with 16-bit activations, and with quantized ones.
     """
 
     weight: Tensor
     metadata: Tensor | None
     few_tokens: int
+    few_quantized_tokens: int
 
 
 @functools.cache
@@ -67,6 +74,14 @@ def takes_weight(value_dtype: torch.dtype, out_features: int, in_features: int, 
     return decode.decode_capability(dtype, value_dtype, in_features)
 
 
+@functools.cache
+def takes_quantized(value_dtype: torch.dtype, in_features: int) -> bool:
+    """Tell whether the package's own kernel takes activations quantized as packed values of this dtype here."""
+    if not backend_capability("nvrtc").ok:
+        return False
+    return decode.scaled_capability(value_dtype, in_features, torch.bfloat16, gpu_capability()).ok
+
+
 def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
     """Make the form of a packed weight that a library on its device reads; nothing is made where none takes it.
 
@@ -87,14 +102,17 @@ def prepare(packed: PackedWeight, backend: str = "auto") -> Prepared:
             f"backend={backend!r} does not take a {shape[0]} x {shape[1]} weight of {dtype_name(weight.dtype)}: "
             f"{takes(backend).reason}."
         )
-    few_tokens = FEW_TOKENS[weight.dtype] if backend == "auto" and takes("nvrtc").ok else 0
+    own = backend in ("auto", "nvrtc") and takes("nvrtc").ok
+    few_tokens = FEW_TOKENS[weight.dtype] if own else 0
+    quantized = own and takes_quantized(weight.dtype, shape[1])
+    few_quantized_tokens = FEW_QUANTIZED_TOKENS[weight.dtype] if quantized else 0
     if backend == "cutlass" or (backend == "auto" and takes("cutlass").ok):
-        return Prepared(weight, float8.metadata_of(packed), few_tokens)
+        return Prepared(weight, float8.metadata_of(packed), few_tokens, few_quantized_tokens)
     if backend == "cusparselt" or (backend == "auto" and takes("cusparselt").ok):
-        return Prepared(*cusparselt.compress(packed), few_tokens)
+        return Prepared(*cusparselt.compress(packed), few_tokens, few_quantized_tokens)
     if backend == "auto":
         _say_what_runs(weight, shape, takes("nvrtc").ok, takes("cusparselt").reason)
-    return Prepared(weight, None, few_tokens)
+    return Prepared(weight, None, few_tokens, _ALL_TOKENS if quantized else 0)  # no library takes over
 
 
 def _say_what_runs(weight: Tensor, shape: tuple[int, int], has_kernel: bool, reason: str) -> None:
@@ -147,12 +165,20 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     """
     if backend == "reference" or dtype not in ACTIVATIONS:
         return "reference"
-    few = metadata is None or tokens <= FEW_TOKENS[weight.dtype]
+    few = metadata is None or tokens <= _most_own_tokens(weight)
     if few and backend in ("auto", "nvrtc") and takes_weight(weight.dtype, *_shape(weight), "nvrtc").ok:
         return "nvrtc"
     if metadata is not None:
         return "cutlass" if metadata.ndim == 2 else "cusparselt"
     return "reference"
+
+
+def _most_own_tokens(weight: Tensor) -> int:
+    """Return up to how many tokens the package's own kernel runs where a library could."""
+    few = FEW_TOKENS[weight.dtype]
+    if weight.itemsize == 1 and takes_quantized(weight.dtype, 2 * weight.shape[1]):
+        return max(few, FEW_QUANTIZED_TOKENS[weight.dtype])
+    return few
 
 
 def routes() -> dict[str, str]:
@@ -167,9 +193,12 @@ def routes() -> dict[str, str]:
     found = {}
     for name, dtype in (("16-bit", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
         few, shape = FEW_TOKENS[dtype], (4096, 4096)  # which every kernel takes
+        quantized = FEW_QUANTIZED_TOKENS[dtype] if takes_quantized(dtype, shape[1]) else 0
         many = next((b for b in ("cutlass", "cusparselt") if takes_weight(dtype, *shape, b).ok), "reference")
         if takes_weight(dtype, *shape, "nvrtc").ok:
-            found[name] = "nvrtc" if many == "reference" else f"nvrtc up to {few} tokens, then {many}"
+            own = f"nvrtc up to {max(few, quantized)} tokens"
+            own += f" (16-bit activations up to {few})" if quantized > few else ""
+            found[name] = "nvrtc" if many == "reference" else f"{own}, then {many}"
         else:
             found[name] = many
     return found
@@ -202,8 +231,11 @@ def linear(
     `quantize` stands in for `quantize_per_token`, as where siblings share its result.
     """
     _check_features(input, weight)
-    kernel = choose(input.numel() // input.shape[-1], input.dtype, weight, weight_metadata, backend)
-    if kernel == "nvrtc":
+    tokens = input.numel() // input.shape[-1]
+    kernel = choose(tokens, input.dtype, weight, weight_metadata, backend)
+    if kernel == "nvrtc" and (
+        tokens <= FEW_TOKENS[weight.dtype] or not takes_quantized(weight.dtype, input.shape[-1])
+    ):
         return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
     if kernel == "reference":
         return reference.linear(input, weight, weight_indices, weight_scale, bias)
@@ -237,7 +269,11 @@ def scaled_linear(
 ) -> Tensor:
     """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias; the contract is in `kernels.ops`."""
     _check_features(input, weight)
-    if weight_metadata is None or out_dtype not in ACTIVATIONS or backend in ("reference", "nvrtc"):
+    kernel = choose(input.numel() // input.shape[-1], out_dtype, weight, weight_metadata, backend)
+    if kernel == "nvrtc" and takes_quantized(weight.dtype, input.shape[-1]):
+        bias = _bias_as_read(bias, out_dtype)
+        return decode.scaled_linear(input, input_scale, weight, weight_indices, weight_scale, bias, out_dtype)
+    if weight_metadata is None or kernel == "reference":
         return reference.scaled_linear(input, input_scale, weight, weight_indices, weight_scale, bias, out_dtype)
     run = _through_cutlass if weight_metadata.ndim == 2 else _through_cusparselt
     return run(input, input_scale, weight, weight_metadata, weight_scale, _bias_as_read(bias, out_dtype), out_dtype)

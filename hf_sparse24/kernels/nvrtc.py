@@ -72,6 +72,35 @@ def allow_shared_memory(kernel: Any, size: int, device: int) -> None:
     _checked(driver.cuKernelSetAttribute(attribute, size, driver.CUkernel(int(kernel)), number))
 
 
+@functools.cache
+def clusters_at_once(size: int, device: int) -> int:
+    """Return how many clusters of `size` blocks a device runs at once if every block has a multiprocessor to itself.
+
+    A cluster stays within a part of the GPU, whose multiprocessors it need not fill: an H100 with 132 of them runs no
+    more than 16 clusters of 8.
+    """
+    if size == 1:
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    from cuda.bindings import driver
+
+    kernel = load("clusters.cu", "nothing", {}, device_capability(device))
+    (number,) = _checked(driver.cuDeviceGet(device))
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    (memory,) = _checked(driver.cuDeviceGetAttribute(attribute, number))  # more than half of a multiprocessor's
+    allow_shared_memory(kernel, memory, device)
+    cluster = driver.CUlaunchAttribute()
+    cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = 1, size, 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = 1, size, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = 32, 1, 1
+    config.sharedMemBytes, config.attrs, config.numAttrs = memory, [cluster], 1
+    with torch.cuda.device(device):
+        _make_current(device)
+        (count,) = _checked(driver.cuOccupancyMaxActiveClusters(kernel, config))
+    return int(count)
+
+
 def launch(
     kernel: Any, grid: tuple[int, int], threads: int, arguments: Sequence[int], device: int, shared_memory: int = 0
 ) -> None:

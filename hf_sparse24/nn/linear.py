@@ -81,7 +81,7 @@ class Sparse24Linear(nn.Linear):
         self.register_parameter("weight_scale", None if scale is None else _frozen(scale))
         self.register_buffer("weight_metadata", None, persistent=False)
         self._prepared: tuple[int, ...] | None = None  # the state of the weight that the metadata belong to
-        self._few_tokens = 0
+        self._few_tokens = self._few_quantized_tokens = 0
         self._quantize: dispatch.Quantize | None = None
         self.register_parameter("bias", None)
         if bias:
@@ -209,9 +209,14 @@ class Sparse24Linear(nn.Linear):
 
     def _quantizes(self, input: Tensor) -> bool:
         """Whether an input on a GPU is quantized. Asked only where it decides: compiled code is guarded by it."""
-        if self.quantization is None or input.dtype not in dispatch.ACTIVATIONS or self.weight_metadata is None:
+        if self.quantization is None or input.dtype not in dispatch.ACTIVATIONS:
             return False
-        return input.numel() > self._few_tokens * self.in_features
+        if input.numel() <= self._few_tokens * self.in_features:
+            return False
+        return self.weight_metadata is not None or self._own_kernel_takes_quantized(input)
+
+    def _own_kernel_takes_quantized(self, input: Tensor) -> bool:
+        return input.numel() <= self._few_quantized_tokens * self.in_features
 
     def _in_compiled_code(
         self,
@@ -225,11 +230,11 @@ class Sparse24Linear(nn.Linear):
         """Quantize in plain torch.
 
         So the compiler fuses the quantization with what made the input, makes that of siblings one, and applies the
-        token's scale in what reads the result.
+        token's scale, where the kernel cannot, in what reads the result.
         """
         values, scale = quantize_tokens(input, weight.dtype)
         run, weight_tensors = torch.ops.hf_sparse24.scaled_linear, (weight, weight_indices, weight_scale)
-        if self.quantization != "int8":
+        if self.quantization != "int8" or self._own_kernel_takes_quantized(input):
             return run(values, scale, *weight_tensors, self.bias, input.dtype, metadata, backend)
         product = run(values, None, *weight_tensors, None, torch.bfloat16, metadata, backend) * scale
         return (product if self.bias is None else product + self.bias).to(input.dtype)
@@ -253,7 +258,7 @@ class Sparse24Linear(nn.Linear):
         with torch.inference_mode(False):
             prepared = dispatch.prepare(self.packed, self.backend)
         self.weight.data, self.weight_metadata = prepared.weight, prepared.metadata
-        self._few_tokens = prepared.few_tokens
+        self._few_tokens, self._few_quantized_tokens = prepared.few_tokens, prepared.few_quantized_tokens
         self._prepared = self._state()
 
     def _current_metadata(self) -> Tensor | None:

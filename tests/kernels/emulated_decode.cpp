@@ -34,6 +34,48 @@ static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
     return result;
 }
 
+#if X_BITS == 8
+#if FP8
+typedef float Number;
+static float number(uint8_t code) {
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    float magnitude = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    return (code & 127) == 127 ? __builtin_nanf("") : code & 128 ? -magnitude : magnitude;
+}
+#else
+typedef int Number;
+static int number(uint8_t code) { return (int8_t)code; }
+#endif
+
+// mma.sp::ordered_metadata.m16n8k64 with operands of 8 bits, by the same section of the PTX ISA. A register of A holds the
+// four values of 8 columns: of lane 4 g + t, register i, columns 8 t (and 32 further for i of 2 and 3) of row g (g + 8 for
+// odd i). B: register i holds places 4 t to 4 t + 3, 16 i further, of column g. Every lane has metadata, the selector is
+// 0: t even of row g, odd of row g + 8, nibbles of columns 0 to 31 for t of 0 and 1, else of 32 to 63.
+template <int SELECTOR>
+static void mma_sp(Number (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t metadata) {
+    static_assert(SELECTOR == 0, "the only one there is");
+    auto &warp = current->block->exchanged[threadIdx.x / 32];
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    memcpy(warp[lane], a, sizeof a);
+    memcpy(warp[lane] + 4, b, sizeof b);
+    warp[lane][8] = metadata;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i) {
+        int lower_row = i / 2, column = 2 * t + i % 2;
+        for (int group = 0; group < 16; ++group) {
+            uint32_t nibble = warp[4 * g + group / 8 * 2 + lower_row][8] >> 4 * (group % 8) & 15;
+            uint32_t four = warp[4 * g + group % 8 / 2][group / 8 * 2 + lower_row];
+            if ((nibble & 3) >= nibble >> 2) fprintf(stderr, "indices that are not in order\n"), abort();
+            for (int value = 0; value < 2; ++value) {
+                int place = 4 * group + (value ? nibble >> 2 : nibble & 3);
+                uint32_t other = warp[4 * column + place % 16 / 4][4 + place / 16];
+                d[i] += number(four >> 16 * (group % 2) + 8 * value) * number(other >> 8 * (place % 4));
+            }
+        }
+    }
+    __syncwarp();
+}
+#else
 // mma.sp::ordered_metadata.m16n8k32 with 16-bit operands: lane 4 g + t has the pairs of slots t and 4 + t of rows g and
 // g + 8 of A; places 2 t, 2 t + 1 of column g of B, eight further for each register; columns 2 t, 2 t + 1 of rows g and
 // g + 8 of D. Lanes 2 SELECTOR and 2 SELECTOR + 1 of a quad have the nibbles of slots 0 to 3 and 4 to 7, row g in the
@@ -61,11 +103,13 @@ static void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]
     }
     __syncwarp();
 }
+#endif
 
 #include "decode.cu"
 
-extern "C" void run(int width, int height, int shared_bytes, const u16 *x, const u8 *values, const u8 *indices,
-                    const float *scale, const u16 *bias, u16 *out, int tokens, int outputs, int columns) {
-    emulate(width, height, shared_bytes, few_tokens_linear, x, values, indices, scale, bias, out, tokens, outputs,
-            columns);
+extern "C" void run(int width, int height, int shared_bytes, const u8 *x, const float *token_scale, const u8 *values,
+                    const u8 *indices, const float *scale, const u16 *bias, u16 *out, int tokens, int outputs,
+                    int columns) {
+    emulate(width, height, shared_bytes, few_tokens_linear, x, token_scale, values, indices, scale, bias, out, tokens,
+            outputs, columns);
 }

@@ -8,7 +8,6 @@ wrong order of arguments or a wrong choice shows without a GPU. What a library r
 import contextlib
 import ctypes
 import importlib.util
-import types
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +23,7 @@ _CACHED = (
     capability.gpu_capability,
     capability.has_nvmath,
     dispatch.takes_weight,
+    dispatch.takes_quantized,
     decode._compiled,
     decode._kernel,
     quantize_activations._quantize_token,
@@ -105,8 +105,7 @@ def emulated_device(patch, compute=(9, 0)):
     patch.setattr(importlib.util, "find_spec", lambda name: name if name in there else find_spec(name))
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *device: compute)
-    properties = types.SimpleNamespace(multi_processor_count=132)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    patch.setattr(decode, "clusters_at_once", lambda size, device: 132 // size)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     patch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)

@@ -6,7 +6,14 @@ import torch
 from hf_sparse24.capability import backend_capability, has_nvmath
 from hf_sparse24.kernels import cusparselt_plans, dispatch
 from hf_sparse24.kernels.autotune import Choices
-from hf_sparse24.kernels.dispatch import FEW_TOKENS, Prepared, choose, prepare
+from hf_sparse24.kernels.dispatch import (
+    FEW_QUANTIZED_TOKENS,
+    FEW_TOKENS,
+    Prepared,
+    choose,
+    prepare,
+    takes_quantized,
+)
 from hf_sparse24.kernels.reference import quantize_per_token
 from hf_sparse24.packing import pack_weight, unpack_weight
 from hf_sparse24.pattern import prune_2to4
@@ -30,9 +37,11 @@ def packed_weight(outputs, features, dtype, quantization, device="cuda"):
 
 
 def check(result, x, packed, bias, kernel):
-    """Compare with float64 on the operands as the kernel sees them: activations in 8 bits for a library's 8 bits."""
+    """Compare with float64 on the operands as the kernel sees them: activations in 8 bits where it quantizes them."""
     seen = x.double()
-    if packed.weight_scale is not None and kernel in ("cutlass", "cusparselt"):
+    tokens, dtype = x.shape[:-1].numel(), packed.weight.dtype
+    own = kernel == "nvrtc" and (tokens <= FEW_TOKENS[dtype] or not takes_quantized(dtype, x.shape[-1]))
+    if packed.weight_scale is not None and not own:
         values, scale = quantize_per_token(x, packed.weight.dtype)
         seen = values.double() * scale.double()
     exact = seen @ unpack_weight(packed).double().t() + (0 if bias is None else bias.double())
@@ -57,6 +66,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def every_backend(self, monkeypatch):
         monkeypatch.setattr(dispatch, "backend_capability", lambda backend: type("", (), {"ok": True}))
+        monkeypatch.setattr(dispatch, "gpu_capability", lambda: (9, 0))
 
     @pytest.mark.parametrize(
         ("quantization", "tokens", "backend", "metadata", "expected"),
@@ -68,10 +78,12 @@ class TestChoice:
             (None, 1, "cusparselt", 1, "cusparselt"),
             (None, 1, "reference", 1, "reference"),
             ("int8", FEW_TOKENS[torch.int8], "auto", 1, "nvrtc"),
-            ("int8", FEW_TOKENS[torch.int8] + 1, "auto", 1, "cusparselt"),
+            ("int8", FEW_QUANTIZED_TOKENS[torch.int8], "auto", 1, "nvrtc"),
+            ("int8", FEW_QUANTIZED_TOKENS[torch.int8] + 1, "auto", 1, "cusparselt"),
+            ("int8", FEW_QUANTIZED_TOKENS[torch.int8], "cusparselt", 1, "cusparselt"),
             ("int8", 4096, "nvrtc", 1, "nvrtc"),
-            ("fp8", FEW_TOKENS[torch.int8] + 1, "auto", 2, "cutlass"),
-            ("fp8", FEW_TOKENS[torch.int8] + 1, "auto", 1, "cusparselt"),
+            ("fp8", FEW_TOKENS[torch.float8_e4m3fn] + 1, "auto", 2, "cutlass"),
+            ("fp8", FEW_TOKENS[torch.float8_e4m3fn] + 1, "auto", 1, "cusparselt"),
             ("fp8", 1, "cutlass", 2, "cutlass"),
         ],
     )
@@ -99,7 +111,7 @@ class TestOnAGpu:
         prepared = prepare(packed)
         assert torch.equal(prepared.weight.view(torch.uint8), packed.weight.view(torch.uint8))
         bias = torch.randn(outputs, device="cuda").to(dtype) if with_bias else None
-        for tokens in (0, 1, 7, 16, 17, 64, 65, 100, 513, 4097):
+        for tokens in (0, 1, 7, 16, 17, 33, 64, 65, 100, 513, 4097):
             x = torch.randn(tokens, features, device="cuda").to(dtype)
             kernel = choose(tokens, dtype, prepared.weight, prepared.metadata)
             poison()
@@ -116,7 +128,7 @@ class TestOnAGpu:
             return
         prepared = prepare(packed, backend)
         bias = torch.randn(512, device="cuda").bfloat16()
-        for tokens in (1, 100):
+        for tokens in (1, 40, 100, 300):
             x = torch.randn(tokens, 512, device="cuda").bfloat16()
             assert choose(tokens, x.dtype, prepared.weight, prepared.metadata, backend) == backend
             result = ops.linear(x, *packed._replace(weight=prepared.weight), bias, prepared.metadata, backend)
@@ -125,7 +137,7 @@ class TestOnAGpu:
             check(result, x, packed, bias, kernel)
 
     @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-    @pytest.mark.parametrize("tokens", [4, 300])
+    @pytest.mark.parametrize("tokens", [4, 40, 300])
     def test_leading_dimensions_and_strides(self, tokens, quantization):
         packed = packed_weight(256, 256, torch.bfloat16, quantization)
         prepared = prepare(packed)
@@ -136,7 +148,7 @@ class TestOnAGpu:
         assert torch.equal(result.flatten(0, 1), flat)
 
     @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-    @pytest.mark.parametrize("tokens", [4, 300])
+    @pytest.mark.parametrize("tokens", [4, 40, 300])
     def test_a_cuda_graph_and_two_streams(self, tokens, quantization):
         packed = packed_weight(256, 512, torch.bfloat16, quantization)
         prepared = prepare(packed)
@@ -161,7 +173,7 @@ class TestOnAGpu:
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
     @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-    @pytest.mark.parametrize("tokens", [4, 300])
+    @pytest.mark.parametrize("tokens", [4, 40, 300])
     def test_two_devices_in_turn(self, tokens, quantization):
         packed = packed_weight(256, 512, torch.bfloat16, quantization)
         x = torch.randn(tokens, 512, device="cuda").bfloat16()
@@ -179,10 +191,14 @@ class TestOnAGpu:
         packed = packed_weight(128, 128, torch.bfloat16, quantization)
         prepared = prepare(packed)
         packed = packed._replace(weight=prepared.weight)
-        for tokens in (3, 100):
+        for tokens in (3, 40, 100):
             x = torch.randn(tokens, 128, device="cuda").bfloat16()
             arguments = (x, *packed, None, prepared.metadata)
             torch.library.opcheck(ops.linear.default, arguments, test_utils=OPCHECKS)
+            if quantization is not None:
+                values = ops.quantize_per_token(x, packed.weight.dtype)
+                arguments = (*values, *packed, None, torch.bfloat16, prepared.metadata)
+                torch.library.opcheck(ops.scaled_linear.default, arguments, test_utils=OPCHECKS)
 
     def test_zeros_that_the_library_would_drop_stay_where_format_1_has_them(self):
         packed = packed_weight(128, 128, torch.bfloat16, "int8")

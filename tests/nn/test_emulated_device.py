@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse24 import pack_, prune_, set_backend_
-from hf_sparse24.kernels import dispatch
-from hf_sparse24.kernels.dispatch import FEW_TOKENS, choose
+from hf_sparse24.kernels import decode, dispatch
+from hf_sparse24.kernels.dispatch import FEW_QUANTIZED_TOKENS, FEW_TOKENS, choose
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.packing import unpack_weight
 from hf_sparse24.pattern import prune_2to4
@@ -71,11 +71,41 @@ def test_every_backend(quantization, tokens, device):
 
 def test_the_kernel_changes_where_it_is_said_to(device, monkeypatch):
     layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
-    few = FEW_TOKENS[layer.weight.dtype]
-    layer(torch.randn(few, 128).bfloat16())
+    ran = []
+    for name in ("few_tokens_linear", "scaled_linear"):
+        kernel = getattr(decode, name)
+        monkeypatch.setattr(decode, name, lambda *args, kernel=kernel, name=name: ran.append(name) or kernel(*args))
+    few, most = FEW_TOKENS[torch.int8], FEW_QUANTIZED_TOKENS[torch.int8]
+    for tokens in (few, few + 1, most):
+        assert_right(layer, torch.randn(tokens, 128).bfloat16())
+    assert ran == ["few_tokens_linear", "scaled_linear", "scaled_linear"]
     assert not device.problems
-    layer(torch.randn(few + 1, 128).bfloat16())
-    assert [problem.tokens for problem in device.problems] == [few + 16]  # in rows of 16
+    layer(torch.randn(most + 1, 128).bfloat16())
+    assert [problem.tokens for problem in device.problems] == [most + 16]  # in rows of 16
+
+
+@pytest.mark.parametrize("compute", [(8, 0), (8, 9), (9, 0)])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_what_runs_between_few_tokens_and_many(quantization, compute, monkeypatch):
+    with emulated_device(monkeypatch, compute) as library:
+        layer = Sparse24Linear.from_linear(pruned_linear(128, 192, True), quantization)
+        seen, kernel = [], decode.scaled_linear
+        monkeypatch.setattr(decode, "scaled_linear", lambda *args: seen.append(len(args[0])) or kernel(*args))
+        assert_right(layer, torch.randn(2, 20, 192).bfloat16().view(40, 192))
+        assert_right(layer, torch.randn(2, 17, 192).bfloat16())
+        # FP8 products of a warp are those of compute capability 8.9 (and 12): elsewhere nothing changes.
+        assert bool(seen) == (quantization == "int8" or compute == (8, 9))
+        assert not library.problems
+
+
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_the_kernel_by_name_quantizes_more_than_a_few_tokens_where_it_can(quantization, monkeypatch):
+    for compute in ((8, 9), (9, 0)):
+        with emulated_device(monkeypatch, compute) as library:
+            layer = Sparse24Linear.from_linear(pruned_linear(100, 128, True), quantization, "nvrtc")
+            for tokens in (1, 17, 150):
+                assert_right(layer, torch.randn(tokens, 128).bfloat16())
+            assert not library.problems
 
 
 def test_a_shape_that_no_library_takes(device):

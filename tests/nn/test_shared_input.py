@@ -100,6 +100,11 @@ def test_threads_get_their_own_results():
     assert not any(wrong)
 
 
+def shared_by(module):
+    quantize = getattr(module, "_quantize", None)
+    return quantize and quantize.func.__self__
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_packing_groups_siblings_and_copies_keep_the_groups_apart(tiny_llama, clone):
     prune_(tiny_llama, Sparse24Config(method="magnitude"))
@@ -108,16 +113,11 @@ def test_packing_groups_siblings_and_copies_keep_the_groups_apart(tiny_llama, cl
     for model in (tiny_llama, copied):
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            groups = [
-                {module._shared_input[0] for module in modules}
-                for modules in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj))
-            ]
+            siblings = ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj))
+            groups = [{shared_by(module) for module in modules} for modules in siblings]
             assert [len(group) for group in groups] == [1, 1]
             assert groups[0] != groups[1]
-            assert attention.o_proj._shared_input is mlp.down_proj._shared_input is None
-    shared = {
-        id(m._shared_input[0]) for m in tiny_llama.modules() if isinstance(m, Sparse24Linear) and m._shared_input
-    }
-    others = {id(m._shared_input[0]) for m in copied.modules() if isinstance(m, Sparse24Linear) and m._shared_input}
+            assert attention.o_proj._quantize is mlp.down_proj._quantize is None
+    shared, others = ({id(shared_by(m)) for m in model.modules() if shared_by(m)} for model in (tiny_llama, copied))
     assert len(shared) == len(others) == 4
     assert not shared & others
