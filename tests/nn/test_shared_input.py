@@ -10,7 +10,7 @@ import torch
 
 from hf_sparse24 import Sparse24Config
 from hf_sparse24.kernels import dispatch
-from hf_sparse24.nn import SharedInput, Sparse24Linear
+from hf_sparse24.nn import SharedInput
 from hf_sparse24.pack import pack_
 from hf_sparse24.prune import prune_
 
