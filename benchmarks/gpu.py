@@ -1,9 +1,11 @@
 """Every performance figure of the README on one GPU, for Llama-3-8B's shape with random weights.
 
     python benchmarks/gpu.py --only gemm,layer,model --out benchmarks/results
+    python benchmarks/gpu.py --only kernels     # the package's own kernel beside the libraries, each by force
 
 Writes performance_gemm.csv, performance_layer.csv and performance_model.csv, each with its environment, and prints a
 summary last. A part that reaches its limit of seconds writes the rows that it has. Tables: `performance_tables.py`.
+From performance_kernels.csv the numbers of tokens at which kernels change are set (`kernels/dispatch.py`).
 """
 
 import argparse
@@ -18,7 +20,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-from hf_sparse24.benchmark.candidates import chosen
+from hf_sparse24.benchmark.candidates import OURS, chosen
 from hf_sparse24.benchmark.figures import describe
 from hf_sparse24.benchmark.gemm import benchmark_projections
 from hf_sparse24.benchmark.models import Source
@@ -26,6 +28,8 @@ from hf_sparse24.benchmark.results import OK, run_environment, write_csv
 from hf_sparse24.benchmark.roofline import measure_machine
 from hf_sparse24.benchmark.shapes import layer_groups, model_shapes, skeleton
 from hf_sparse24.benchmark.whole_model import Workload, benchmark_model, with_model_ratios
+from hf_sparse24.kernels import decode, dispatch
+from hf_sparse24.packing import QUANTIZED_DTYPES
 
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384]
 BASELINES = "dense-bf16,dense-fp8,dense-fp8-tensor,dense-int8"
@@ -36,8 +40,9 @@ WORKLOADS = [
     Workload("decode", 16, 512),
     Workload("decode", 64, 512),
 ]
-LIMITS = {"gemm": 150, "layer": 90, "model": 240}  # seconds
-SUMMARIZED = (1, 16, 64, 1024, 4096)  # tokens
+LIMITS = {"gemm": 150, "layer": 90, "model": 240, "kernels": 120}  # seconds
+KERNEL_TOKENS = [16, 32, 64, 128, 256]
+SUMMARIZED = (1, 16, 32, 64, 128, 256, 1024, 4096)  # tokens
 
 
 def llama(layers):
@@ -64,7 +69,51 @@ def gemm(arguments, device):
     candidates = chosen("none,int8,fp8", f"{BASELINES},torch-sparse,torch-sparse-int8")
     # The largest first: they are what the claims are about, should the time run out.
     for shape in sorted([*model_shapes(model), *merged], key=lambda shape: -shape.out_features * shape.in_features):
-        yield from benchmark_projections([[shape]], arguments.tokens, candidates, device)
+        yield from benchmark_projections([[shape]], arguments.tokens or TOKENS, candidates, device)
+
+
+def own_kernel(kind, quantized):
+    """Return a candidate that runs the package's own kernel, on quantized inputs or not, for any number of tokens."""
+
+    class OwnKernel(kind):
+        def multiply(self, prepared):
+            """Run the kernel, with the quantization of its input."""
+            if not quantized:
+                return dispatch.few_tokens_linear(prepared.rows, *self.layer.packed, None)
+            values, scale = dispatch.quantize_per_token(prepared.rows, self.layer.weight.dtype)
+            return decode.scaled_linear(values, scale, *self.layer.packed, None, prepared.rows.dtype)
+
+    return OwnKernel
+
+
+def library(kind):
+    """Return a candidate that runs the library, for any number of tokens."""
+
+    class Library(kind):
+        def __init__(self, weight, backend="auto"):
+            dtype = QUANTIZED_DTYPES.get(self.precision, weight.dtype)
+            takes = [
+                name for name in ("cutlass", "cusparselt") if dispatch.takes_weight(dtype, *weight.shape, name).ok
+            ]
+            super().__init__(weight, takes[0] if takes else "cusparselt")
+
+    return Library
+
+
+def kernels(arguments, device):
+    """Each projection through each kernel, from 16 to 256 tokens."""
+    candidates = chosen("none", "dense-fp8,dense-fp8-tensor")
+    del candidates["2:4-bf16"]
+    for precision, kind in OURS.items():
+        name = f"2:4-{precision or 'bf16'}"
+        candidates[f"{name}-own"] = own_kernel(kind, quantized=False)
+        if precision is not None:
+            candidates[f"{name}-own-quantized"] = own_kernel(kind, quantized=True)
+        candidates[f"{name}-library"] = library(kind)
+    model = skeleton(llama(1))
+    merged = [shape for group in layer_groups(model, merged=True) for shape in group if "+" in shape.label]
+    for shape in sorted([*model_shapes(model), *merged], key=lambda shape: -shape.out_features * shape.in_features):
+        yield from benchmark_projections([[shape]], arguments.tokens or KERNEL_TOKENS, candidates, device)
 
 
 def layer(arguments, device):
@@ -72,7 +121,7 @@ def layer(arguments, device):
     candidates = chosen("none,int8,fp8", BASELINES)
     for merged in (False, True):
         groups = layer_groups(skeleton(llama(1)), merged)
-        yield from benchmark_projections(groups, arguments.tokens, candidates, device, "layer")
+        yield from benchmark_projections(groups, arguments.tokens or TOKENS, candidates, device, "layer")
 
 
 def model(arguments, device):
@@ -85,7 +134,7 @@ def model(arguments, device):
                 yield [row]
 
 
-PARTS = {"gemm": gemm, "layer": layer, "model": model}
+PARTS = {"gemm": gemm, "layer": layer, "model": model, "kernels": kernels}
 
 
 def run(part, arguments, device):
@@ -126,8 +175,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="gemm,layer,model", help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--seconds", type=float, help="limit of each part; default: gemm 150, layer 90, model 240")
-    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=TOKENS)
+    parser.add_argument("--seconds", type=float, help=f"limit of each part; default: {LIMITS}")
+    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--layers", type=int, default=32, help="of the model")
     parser.add_argument("--variants", type=lambda text: text.split(","), default=VARIANTS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))

@@ -32,8 +32,9 @@ constexpr int ROWS = 16 * ROW_TILES * ROW_WARPS, TOKENS = 8 * TOKEN_TILES;  // o
 // lie in different banks.
 constexpr int VALUE_BYTES = UNITS * 4 * BITS, VALUE_PITCH = VALUE_BYTES + 16;
 constexpr int X_BYTES = UNITS * 8 * X_BITS, X_PITCH = X_BYTES + 16;
-constexpr int INDEX_BYTES = UNITS * 8;
-constexpr int X_AT = ROWS * VALUE_PITCH, INDICES_AT = X_AT + TOKENS * X_PITCH, STAGE = INDICES_AT + ROWS * INDEX_BYTES;
+// Of the indices 16 rows are read at once where both operands have 8 bits: with the gap two by two from the same bank.
+constexpr int INDEX_BYTES = UNITS * 8, INDEX_PITCH = INDEX_BYTES + (X_BITS == 8 && UNITS >= 4 ? 16 : 0);
+constexpr int X_AT = ROWS * VALUE_PITCH, INDICES_AT = X_AT + TOKENS * X_PITCH, STAGE = INDICES_AT + ROWS * INDEX_PITCH;
 
 // Shared memory: the scales and biases of the rows and, of quantized ones, the scales of the tokens; then the queues of
 // the teams and, in their place, the sums.
@@ -210,7 +211,7 @@ __device__ void fetch(u32 stage, const Operands &from, u32 chunk, int thread) {
 
     constexpr int INDEX_PIECE = INDEX_BYTES < 16 ? INDEX_BYTES : 16, INDEX_PIECES = INDEX_BYTES / INDEX_PIECE;
     row = thread / INDEX_PIECES, piece = thread % INDEX_PIECES * INDEX_PIECE;
-    copy_rows<ROWS, TEAM / INDEX_PIECES, INDEX_PIECE, INDEX_BYTES, true>(stage + INDICES_AT + piece,
+    copy_rows<ROWS, TEAM / INDEX_PIECES, INDEX_PIECE, INDEX_PITCH, true>(stage + INDICES_AT + piece,
                                                                          from.indices + chunk * INDEX_BYTES + piece,
                                                                          from.columns / 8, row, from.last_row);
 
@@ -231,13 +232,13 @@ __device__ void fetch(u32 stage, const Operands &from, u32 chunk, int thread) {
 // product of 8 bits takes groups 0 to 7 of rows g and g + 8 from lanes 0 and 1, and 8 to 15 from lanes 2 and 3.
 __device__ u32 metadata_of(u32 nibbles, int t) {
 #if X_BITS == 8
-    return read_u32(nibbles + t % 2 * 8 * INDEX_BYTES + t / 2 * 4);
+    return read_u32(nibbles + t % 2 * 8 * INDEX_PITCH + t / 2 * 4);
 #elif BITS == 16
-    return __byte_perm(read_u16(nibbles + 2 * t), read_u16(nibbles + 8 * INDEX_BYTES + 2 * t), 0x5410);
+    return __byte_perm(read_u16(nibbles + 2 * t), read_u16(nibbles + 8 * INDEX_PITCH + 2 * t), 0x5410);
 #else
     u32 rows[2];
     for (int half = 0; half < 2; ++half) {
-        u32 four = read_u32(nibbles + half * 8 * INDEX_BYTES + t % 2 * 4) >> t / 2 * 4 & 0x0f0f0f0f;
+        u32 four = read_u32(nibbles + half * 8 * INDEX_PITCH + t % 2 * 4) >> t / 2 * 4 & 0x0f0f0f0f;
         rows[half] = four | four >> 4;  // in bytes 0 and 2
     }
     return __byte_perm(rows[0], rows[1], 0x6420);
@@ -249,12 +250,12 @@ __device__ void multiply(Sum (&sums)[ROW_TILES][TOKEN_TILES][4], u32 stage, int 
     // 16 bytes, then of the next; of activations 8 tokens of four pieces.
     u32 a_at = stage + (first_row + lane % 16) * VALUE_PITCH + lane / 16 * 16;
     u32 b_at = stage + X_AT + lane % 8 * X_PITCH + lane / 8 * 16;
-    u32 nibbles_at = stage + INDICES_AT + (first_row + lane / 4) * INDEX_BYTES;
+    u32 nibbles_at = stage + INDICES_AT + (first_row + lane / 4) * INDEX_PITCH;
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) {
         u32 metadata[ROW_TILES], values[ROW_TILES][4], a[ROW_TILES][4];
         for (int tile = 0; tile < ROW_TILES; ++tile)
-            metadata[tile] = metadata_of(nibbles_at + 16 * tile * INDEX_BYTES + 8 * unit, lane % 4);
+            metadata[tile] = metadata_of(nibbles_at + 16 * tile * INDEX_PITCH + 8 * unit, lane % 4);
 #pragma unroll
         for (int product = 0; product < X_BITS / 8; ++product) {
             for (int tile = 0; tile < ROW_TILES; ++tile) {

@@ -66,7 +66,8 @@ class Block(NamedTuple):
 
     def shared_memory(self, value_dtype: torch.dtype, input_dtype: torch.dtype) -> int:
         """Return the bytes it needs: rows with their gaps, in a queue, or the sums in its place; scales and biases."""
-        row = self.units * (4 * 8 * value_dtype.itemsize + 8) + 16
+        gap = 16 if input_dtype.itemsize == 1 and self.units >= 4 else 0  # between the indices of rows
+        row = self.units * (4 * 8 * value_dtype.itemsize + 8) + 16 + gap
         stage = self.rows * row + self.tokens * (UNIT * self.units * input_dtype.itemsize + 16)
         scales = 6 * self.rows + (4 * self.tokens if input_dtype.itemsize == 1 else 0)
         return scales + max(self.teams * self.stages * stage, 4 * self.tokens * (self.rows + 4))

@@ -107,7 +107,7 @@ def quantized_operands(tokens, outputs, units, dtype, quantization, device):
         (7, 20, 3, torch.float16, SMALL),
         (17, 40, 2, torch.bfloat16, SMALL._replace(units=2, stages=3, token_tiles=4)),
         (33, 36, 12, torch.float16, Block(1, 2, 2, token_tiles=8, units=2, stages=4, cluster=2)),
-        (64, 100, 8, torch.bfloat16, Block(2, 2, 1, token_tiles=8, units=4, stages=2, cluster=1)),
+        (64, 100, 8, torch.bfloat16, Block(2, 2, 1, token_tiles=8, units=8, stages=2, cluster=1)),
         (65, 130, 4, torch.bfloat16, Block(4, 2, 1, token_tiles=8, units=1, stages=3, cluster=4)),
         (128, 66, 4, torch.float16, Block(2, 7, 1, token_tiles=16, units=2, stages=2, cluster=1)),
         (255, 48, 2, torch.bfloat16, Block(1, 3, 1, token_tiles=16, units=2, stages=2, cluster=1)),
