@@ -12,6 +12,9 @@
 // Where there are too few rows to keep a GPU busy, the columns are divided: among teams of warps in a block, and among
 // the blocks of a cluster, which read each other's sums in the end (sm_90 and newer). All sums are in a fixed order.
 //
+// A kernel may begin while the one before it ends (overlap.h). Meanwhile it has the weights brought to the L2 cache; it
+// reads nothing before the other is done, which may have written any of it.
+//
 // Names after the PTX ISA, "matrix fragments for sparse mma.m16n8k32" (16 bits) and "m16n8k64" (8 bits): lane = 4 g + t.
 // With 16 bits a product takes 8 groups of four columns: lane t of a quad holds the pairs of the groups t and 4 + t, of
 // rows g and g + 8. With 8 bits it takes 16: lane t holds those of 2 t, 2 t + 1 and, 8 further, of as many.
@@ -19,6 +22,8 @@
 // To be defined (see decode.py): HALF (1: float16, 0: bfloat16 result, bias and activations of 16 bits), BITS (16 or 8)
 // and FP8 (0 or 1) of the values, X_BITS of the activations (16, or 8 if the values have 8); ROW_TILES (of 16 rows) of a warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens);
 // UNITS (of 64 columns) of a chunk and STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
+
+#include "overlap.h"
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -227,6 +232,15 @@ __device__ void fetch(u32 stage, const Operands &from, u32 chunk, int thread) {
                                                                 from.columns / 8 * X_BITS, row, from.last_token);
 }
 
+// Has the L2 cache read the weights of a chunk.
+__device__ void ask_for(const Operands &from, u32 chunk, int thread) {
+    for (int row = thread; row < ROWS && row <= from.last_row; row += TEAM) {
+        const u8 *values = from.values + (u64)row * (from.columns / 16 * BITS) + chunk * VALUE_BYTES;
+        for (int i = 0; i < VALUE_BYTES; i += 128) prefetch(values + i);
+        prefetch(from.indices + (u64)row * (from.columns / 8) + chunk * INDEX_BYTES);
+    }
+}
+
 // The metadata of a unit, from the nibbles of 16 groups of rows g and g + 8. Of the two products of 16 bits, product p
 // takes them from lanes 2 p (groups 0 to 3 of a product) and 2 p + 1 (4 to 7) of a quad, row g in the lower half. The one
 // product of 8 bits takes groups 0 to 7 of rows g and g + 8 from lanes 0 and 1, and 8 to 15 from lanes 2 and 3.
@@ -309,6 +323,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     int rows_here = outputs - row < ROWS ? outputs - row : ROWS;
     int tokens_here = tokens - token < TOKENS ? tokens - token : TOKENS;
 
+    // The chunks take turns among the teams of all blocks of the cluster.
+    int first = rank * TEAMS + team, step = TEAMS * CLUSTER, chunks = (columns / (64 * UNITS) - first + step - 1) / step;
+    let_the_next_kernel_begin();
+    if (OVERLAPS)
+        for (int i = 0; i < STAGES - 1 && i < chunks; ++i) ask_for(from, first + i * step, thread);
+    wait_for_the_kernel_before();
+
     // The end wants them, and should not wait for them.
     for (int i = 4 * threadIdx.x; i < rows_here; i += 4 * THREADS) {
         int there = rows_here - i < 4 ? rows_here - i : 4;
@@ -319,8 +340,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
         int there = tokens_here - i < 4 ? tokens_here - i : 4;
         copy<16>(memory + TOKEN_SCALES_AT + 4 * i, token_scale + token + i, 4 * there);
     }
-    // The chunks take turns among the teams of all blocks of the cluster.
-    int first = rank * TEAMS + team, step = TEAMS * CLUSTER, chunks = (columns / (64 * UNITS) - first + step - 1) / step;
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) {
         if (i < chunks) fetch(queue + i * STAGE, from, first + i * step, thread);

@@ -119,10 +119,9 @@ def _run(
 ) -> Tensor:
     """Launch the kernel, with blocks of at most so many tokens."""
     *leading, features = input.shape
-    rows = _aligned(input.reshape(-1, features))
-    scale = None if input_scale is None else _aligned(input_scale.reshape(-1))
-    pointers = _addresses(rows, scale, weight, weight_indices, weight_scale, bias, out_dtype)
-    outputs, tokens = weight.shape[0], rows.shape[0]
+    rows, scale = _aligned(input), None if input_scale is None else _aligned(input_scale)
+    outputs, tokens = weight.shape[0], input.numel() // features
+    pointers = _addresses(rows, scale, tokens, weight, weight_indices, weight_scale, bias, out_dtype)
     result = input.new_empty((*leading, outputs), dtype=out_dtype)
     if tokens and outputs:
         device = input.get_device()
@@ -136,13 +135,15 @@ def _run(
 
 def _aligned(tensor: Tensor) -> Tensor:
     """Return a tensor, or a copy of one that is strided or a view from the middle of something."""
-    tensor = tensor.contiguous()
+    if not tensor.is_contiguous():
+        return tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _addresses(
     input: Tensor,
     input_scale: Tensor | None,
+    tokens: int,
     weight: Tensor,
     indices: Tensor,
     scale: Tensor | None,
@@ -178,7 +179,7 @@ def _addresses(
             or (
                 input_scale.dtype == torch.float32
                 and input_scale.get_device() == device
-                and len(input_scale) == len(input)
+                and input_scale.numel() == tokens
             )
         )
     )

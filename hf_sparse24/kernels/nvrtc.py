@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_HEADER = "overlap.h"  # that every file includes
+_OLDEST_OVERLAP = (9, 0)
 
 
 @functools.cache
@@ -44,11 +46,11 @@ def compile_cuda(file: str, definitions: Mapping[str, int], capability: tuple[in
     """Return the machine code of a `.cu` file of this folder."""
     from cuda.bindings import nvrtc
 
-    source = resources.files(__package__).joinpath(file).read_bytes()
+    source, header = (resources.files(__package__).joinpath(name).read_bytes() for name in (file, _HEADER))
     options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++17", "-default-device"]
     options += [f"-D{name}={value}" for name, value in definitions.items()]
     encoded = [option.encode() for option in options]
-    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(source, file.encode(), 1, [header], [_HEADER.encode()]))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     if int(status):
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
@@ -104,7 +106,7 @@ def clusters_at_once(size: int, device: int) -> int:
 def launch(
     kernel: Any, grid: tuple[int, int], threads: int, arguments: Sequence[int], device: int, shared_memory: int = 0
 ) -> None:
-    """Launch a kernel on torch's current stream of a device.
+    """Launch a kernel on torch's current stream of a device, where that can be while the one before it ends.
 
     Args:
         kernel: as `load` returns it.
@@ -122,13 +124,30 @@ def launch(
     first = ctypes.addressof(values)
     addresses = (ctypes.c_uint64 * count)(*range(first, first + 8 * count, 8))
     stream = torch._C._cuda_getCurrentRawStream(device)
-    call = (kernel, *grid, 1, threads, 1, 1, shared_memory, stream, ctypes.addressof(addresses), 0)
-    (status,) = _driver().cuLaunchKernel(*call)
+    config = _launch_config(grid, threads, shared_memory, stream, device_capability(device) >= _OLDEST_OVERLAP)
+    call = (config, kernel, ctypes.addressof(addresses), 0)
+    (status,) = _driver().cuLaunchKernelEx(*call)
     if int(status) == _INVALID_CONTEXT:  # the first call of CUDA's in this thread
         _make_current(device)
-        (status,) = _driver().cuLaunchKernel(*call)
+        (status,) = _driver().cuLaunchKernelEx(*call)
     if int(status):
         raise RuntimeError(f"CUDA cannot launch a kernel: {status!r}.")
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_config(grid: tuple[int, int], threads: int, shared_memory: int, stream: int, overlaps: bool) -> Any:
+    """Return how to launch a kernel, which nobody may change: making it costs the host more than a launch."""
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_memory, driver.CUstream(stream)
+    if overlaps:
+        overlap = driver.CUlaunchAttribute()
+        overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        overlap.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [overlap], 1
+    return config
 
 
 @functools.cache

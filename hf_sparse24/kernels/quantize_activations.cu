@@ -3,6 +3,8 @@
 // To be defined (see quantize_activations.py): INPUT of the activations (32: float32, 16: float16, 17: bfloat16), FP8 (0:
 // int8, 1: e4m3), WIDTH (elements a thread reads at once), VECTORS (how often) and THREADS of a block.
 
+#include "overlap.h"
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -67,6 +69,8 @@ __device__ u8 rounded(float scaled) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantize_token(const Element *input, u8 *output, float *scales, int stride, int features, float smallest) {
     __shared__ u32 largest_of[THREADS / 32];
+    let_the_next_kernel_begin();
+    wait_for_the_kernel_before();
     const Element *token = input + (long long)blockIdx.x * stride;
     u8 *quantized = output + (long long)blockIdx.x * features;
     Vector vectors[VECTORS];
@@ -102,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // result is in the dtype INPUT, also of 16 bits. `outputs` is a multiple of 8.
 extern "C" __global__ void __launch_bounds__(THREADS)
     scale_product(u16 *product, const float *token_scales, const float *weight_scales, const u16 *bias, int outputs) {
+    let_the_next_kernel_begin();
+    wait_for_the_kernel_before();
     int n = 8 * (threadIdx.x + blockIdx.y * THREADS);
     if (n >= outputs) return;
     struct alignas(16) Eight {

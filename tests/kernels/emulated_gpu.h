@@ -16,6 +16,7 @@
 #include <vector>
 
 #define EMULATED
+#define OVERLAPS 1
 #define __device__ static inline
 #define __global__
 #define __shared__ static
