@@ -122,7 +122,7 @@ def pack_selected_(model: nn.Module, selection: Selection, quantization: str | N
         `ValueError`: a target has no packed form; nothing was changed.
     """
     _check_packable(model, selection, quantization)
-    experts = len(selection.targets) - len(_linear_targets(selection))
+    experts = sum(target.is_expert_stack for target in selection.targets)
     if experts:
         logger.warning_once(
             f"{experts} fused expert stacks are pruned and stay dense tensors with zeros; only linear layers pack."
@@ -144,7 +144,7 @@ def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: 
 
 
 def _linear_targets(selection: Selection) -> list[Target]:
-    return [target for target in selection.targets if not target.is_expert_stack]
+    return [target for target in selection.targets if target.packs]
 
 
 def _check_2to4(model: nn.Module, selection: Selection) -> None:

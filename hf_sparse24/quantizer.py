@@ -124,7 +124,7 @@ def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str])
         return any((known, shape) in dense for known in in_the_file(name))
 
     found = frozenset(name for name, _ in model.named_modules() if not packed.isdisjoint(in_the_file(name)))
-    left = [target.name for target in selection.targets if not target.is_expert_stack and target.name not in found]
+    left = [target.name for target in selection.targets if target.packs and target.name not in found]
     if len(found - ties.keys()) != len(packed) or not all(map(is_dense, left)):
         return selection
     return select(model, found, strict=False)

@@ -237,6 +237,8 @@ def _reason(matrix: Target | Skipped, violations: Violations | None) -> str | No
         return matrix.reason
     if violations is not None and violations.count:
         return f"not 2:4 in {violations.count} of {violations.groups} groups"
+    if matrix.read_by is not None:
+        return f"read directly by {matrix.read_by}"
     return "fused experts have no packed layer" if matrix.is_expert_stack else None
 
 

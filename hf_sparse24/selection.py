@@ -47,7 +47,7 @@ _ROLES_IN_ATTENTION = {
         "value v linear_v project_v projection_value value_global to_v to_value Wv v_head layout_value "
         "values_vision_proj values_text_proj"
     ),
-    "qkv": "in_proj att_proj queries_keys_values",
+    "qkv": "in_proj in_proj_weight att_proj queries_keys_values",
     "kv": "to_kv keys_values",
     "o": (
         "out_proj o dense proj c_proj Wo wo linear_out output output_proj projection projection_layer attention_out "
@@ -101,6 +101,8 @@ class Target(NamedTuple):
         parameter (`str`): name of the parameter in it.
         role (`str`): one of `ROLES`, or `"other"` for a module that the user named and the table does not know.
         dim (`int`): its input dimension, -1 or -2.
+        read_by (`str`, *optional*): the class whose code hands the weight to a function and calls no layer: no packed
+            layer can stand in its place, so it stays a dense tensor with zeros.
     """
 
     name: str
@@ -108,11 +110,17 @@ class Target(NamedTuple):
     parameter: str
     role: str
     dim: int
+    read_by: str | None = None
 
     @property
     def is_expert_stack(self) -> bool:
         """Whether this is a 3-D stack of experts rather than the weight of a linear layer."""
-        return self.name.endswith(f".{self.parameter}")
+        return self.read_by is None and self.name.endswith(f".{self.parameter}")
+
+    @property
+    def packs(self) -> bool:
+        """Whether a packed layer can stand in its place."""
+        return not self.is_expert_stack and self.read_by is None
 
 
 class Skipped(NamedTuple):
@@ -183,7 +191,7 @@ def select(
         if reason is None and weight.shape[dim] % GROUP_SIZE:
             reason = f"in_features {weight.shape[dim]} is not a multiple of {GROUP_SIZE}"
         if reason is None:
-            matrices.append(Target(name, module_name, key, role or "other", dim))
+            matrices.append(Target(name, module_name, key, role or "other", dim, _read_by(model, name)))
         else:
             matrices.append(Skipped(name, module_name, key, reason))
     return Selection(tuple(matrices))
@@ -243,6 +251,11 @@ def _is_expert_stack(name: str, weight: Tensor) -> bool:
     return weight.ndim == 3 and "experts" in name.split(".")
 
 
+def _read_by(model: nn.Module, name: str) -> str | None:
+    parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    return parent if parent in _READS_WEIGHTS else None
+
+
 def _computes_as_linear(module: nn.Linear) -> bool:
     """Whether a packed layer could stand in for it: subclasses may group or add what they please."""
     return type(module).forward is nn.Linear.forward or type(module).__name__ in _SAME_AS_LINEAR
@@ -264,9 +277,8 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
         return "router"
     if hasattr(module, "weight_indices"):
         return "already packed"
-    if (parent := type(model.get_submodule(name.rpartition(".")[0])).__name__) in _READS_WEIGHTS:
-        return f"read directly by {parent}"
-    if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
+    # nn.MultiheadAttention has the weights of its q, k and v in one matrix of its own.
+    if not isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention) and not _is_expert_stack(name, weight):
         return "not a linear projection"
     if isinstance(module, nn.Linear) and not _computes_as_linear(module):
         return "a linear layer with a forward of its own"
