@@ -20,6 +20,7 @@ from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, role_of, select
+from hf_sparse24.shards import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -166,6 +167,11 @@ def _check_packable(model: nn.Module, selection: Selection, quantization: str | 
     for target in linear:
         module = model.get_submodule(target.module_name)
         check_present(module.weight, target.name)
+        if is_sharded(module.weight):
+            raise ValueError(
+                f"Packed layers are not sharded, and {target.name} is, over processes. Save the model as it is "
+                "(pack=False), load it without distributed_config, and pack it then."
+            )
         check_finite(module.weight, target.name)
         check_value_dtype(module.weight.dtype, target.name)
     if quantization == "fp8":
