@@ -33,8 +33,9 @@ def sizes(monkeypatch):
     found = []
 
     def spy(model, *args, **kwargs):
-        found.append({"device": next(model.parameters()).device.type} | compute_module_sizes(model, *args, **kwargs)[0])
-        return compute_module_sizes(model, *args, **kwargs)
+        modules, leaves = compute_module_sizes(model, *args, **kwargs)
+        found.append({"device": next(model.parameters()).device.type} | modules)
+        return modules, leaves
 
     monkeypatch.setattr("transformers.integrations.accelerate.compute_module_sizes", spy)
     return found
