@@ -70,8 +70,8 @@ def test_every_backend(quantization, tokens, device):
 
 
 # Of the feed-forward layers of vision towers: SigLIP-so400m has 4304 = 16 * 269 between its 1152 features and
-# Qwen2.5-VL 3420 = 4 * 855 between 1280; here 16 * 17 and 4 * 33. cuSPARSELt takes features by 16 or, in 8 bits, by 32,
-# the kernel for few tokens inputs by 64.
+# Qwen2.5-VL 3420 = 4 * 855 between 1280; here 16 * 17 and 4 * 33. cuSPARSELt takes features by 16 or, in 8 bits, by
+# 32, the kernel for few tokens inputs by 64.
 ODD_WIDTHS = {
     (16 * 17, 128): {None: "cusparselt", "int8": "nvrtc", "fp8": "nvrtc"},
     (128, 16 * 17): {None: "cusparselt", "int8": "reference", "fp8": "reference"},
