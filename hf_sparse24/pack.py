@@ -19,7 +19,8 @@ from hf_sparse24.packing import check_value_dtype
 from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
-from hf_sparse24.selection import Selection, Target, role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.shards import is_sharded
 
 logger = logging.get_logger(__name__)

@@ -18,7 +18,8 @@ from hf_sparse24.identity import record_of
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.packing import dtype_name
 from hf_sparse24.pattern import Violations, check_present, density, find_violations
-from hf_sparse24.selection import Skipped, Target, role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import Skipped, Target, select
 from hf_sparse24.shards import whole
 
 

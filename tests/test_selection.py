@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse24.selection import role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import select
 from tests.families import FAMILIES, build
 
 LLAMA = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"}

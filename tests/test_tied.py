@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, selection, sparsity_report, unpack_
+from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, roles, sparsity_report, unpack_
 from hf_sparse24.calibration import sequential
 from hf_sparse24.pattern import prune_2to4
 from hf_sparse24.selection import select
@@ -56,7 +56,7 @@ def test_the_file_says_which_layers_are_packed(family, tmp_path, magnitude, monk
     dense.save_pretrained(tmp_path / "dense")
     model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=magnitude())
     model.save_pretrained(tmp_path / "packed")
-    monkeypatch.delitem(selection._ANYWHERE, "down_proj")
+    monkeypatch.delitem(roles._ANYWHERE, "down_proj")
     assert_same_model(model, type(dense).from_pretrained(tmp_path / "packed"))
 
 
