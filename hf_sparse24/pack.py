@@ -19,7 +19,9 @@ from hf_sparse24.packing import check_value_dtype
 from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
 from hf_sparse24.report import SparsityReport, sparsity_report
-from hf_sparse24.selection import Selection, Target, role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.shards import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -122,7 +124,7 @@ def pack_selected_(model: nn.Module, selection: Selection, quantization: str | N
         `ValueError`: a target has no packed form; nothing was changed.
     """
     _check_packable(model, selection, quantization)
-    experts = len(selection.targets) - len(_linear_targets(selection))
+    experts = sum(target.is_expert_stack for target in selection.targets)
     if experts:
         logger.warning_once(
             f"{experts} fused expert stacks are pruned and stay dense tensors with zeros; only linear layers pack."
@@ -144,7 +146,7 @@ def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: 
 
 
 def _linear_targets(selection: Selection) -> list[Target]:
-    return [target for target in selection.targets if not target.is_expert_stack]
+    return [target for target in selection.targets if target.packs]
 
 
 def _check_2to4(model: nn.Module, selection: Selection) -> None:
@@ -166,6 +168,11 @@ def _check_packable(model: nn.Module, selection: Selection, quantization: str | 
     for target in linear:
         module = model.get_submodule(target.module_name)
         check_present(module.weight, target.name)
+        if is_sharded(module.weight):
+            raise ValueError(
+                f"Packed layers are not sharded, and {target.name} is, over processes. Save the model as it is "
+                "(pack=False), load it without distributed_config, and pack it then."
+            )
         check_finite(module.weight, target.name)
         check_value_dtype(module.weight.dtype, target.name)
     if quantization == "fp8":

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
@@ -21,6 +22,7 @@ from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pattern import check_finite, check_present, find_violations, prune_into
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.shards import check_shards, is_sharded, local
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +70,7 @@ def prune_on_request_(
     A model with a record, pruned before and perhaps retrained since, keeps its choice of modules unless the config
     names others; with method "auto", if it still is 2:4, it keeps its weights and its record too.
 
-    With `in_place=False` no memory is written to that the parameters had before.
+    With `in_place=False` no memory is written to that the parameters had before, unless they are sharded.
     """
     refuse_packed_layers(model)
     known = record_of(model)
@@ -91,6 +93,7 @@ def prune_calibrated_(
     model: nn.Module, selection: Selection, config: Sparse24Config, method: str, data: Any
 ) -> dict[str, Any]:
     """Prune the targets of a selection on calibration data, and return what is to be recorded of it."""
+    _refuse_shards(model, selection)
     batches = calibration_batches(
         data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
     )
@@ -193,11 +196,13 @@ def refuse_packed_layers(model: nn.Module) -> None:
 
 
 def find_violating(model: nn.Module, selection: Selection) -> Target | None:
-    """Return the first target that is not 2:4, or None."""
+    """Return the first target that is not 2:4, or None. Of a sharded model every process has to call it."""
     for target in selection.targets:
         weight = getattr(model.get_submodule(target.module_name), target.parameter)
         check_present(weight, target.name)
-        if find_violations(weight, target.dim).count:
+        check_shards(weight, target.dim, target.name)
+        count = find_violations(local(weight), target.dim).count
+        if processes.largest(count, local(weight).device) if is_sharded(weight) else count:
             return target
     return None
 
@@ -234,6 +239,15 @@ def resolve_method(config: Sparse24Config, calibration: Any = None) -> str:
     return "magnitude"
 
 
+def _refuse_shards(model: nn.Module, selection: Selection) -> None:
+    for target in selection.targets:
+        if is_sharded(getattr(model.get_submodule(target.module_name), target.parameter)):
+            raise ValueError(
+                f"Calibrated methods take whole weights; {target.name} is sharded over processes. Load the model "
+                "without distributed_config, where processes share the data, or use method='magnitude' alone."
+            )
+
+
 def _refuse_nothing(model: nn.Module, selection: Selection) -> None:
     if not selection.targets:
         reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "it has none"
@@ -246,10 +260,14 @@ def _refuse_nothing(model: nn.Module, selection: Selection) -> None:
 def _prune_target_(module: nn.Module, target: Target, method: str, in_place: bool) -> None:
     parameter = getattr(module, target.parameter)
     check_present(parameter, target.name)
-    check_finite(parameter, target.name)
-    weight = parameter.data
+    check_shards(parameter, target.dim, target.name)
+    weight = local(parameter)
+    check_finite(weight, target.name)
     # In place, since fresh memory costs more than the pruning; but what is mapped from the checkpoint's file (memory
     # that torch does not own and cannot resize) would be copied page by page, which costs more still.
     pruned = weight if in_place and weight.untyped_storage().resizable() else torch.empty_like(weight)
     prune_into(pruned, weight, SALIENCY[method], target.dim)
-    parameter.data = pruned
+    if is_sharded(parameter):
+        weight.copy_(pruned)
+    else:
+        parameter.data = pruned

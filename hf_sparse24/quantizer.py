@@ -26,6 +26,7 @@ from hf_sparse24.pack import make_packed_skeleton_, merge_tied_, pack_selected_,
 from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
 from hf_sparse24.selection import Selection, select
+from hf_sparse24.shards import is_sharded
 
 
 class Sparse24HfQuantizer(HfQuantizer):
@@ -43,8 +44,8 @@ class Sparse24HfQuantizer(HfQuantizer):
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:
             raise ValueError(
-                "2:4 models cannot be offloaded to disk, where their weights would not be pruned; this device_map "
-                "has 'disk'. Use one without it."
+                "2:4 models cannot be offloaded to disk, where their weights would be neither pruned nor checked; "
+                "this device_map has 'disk'. Use one without it, or give it more max_memory."
             )
         check_backend(self.quantization_config.backend)
         if not self.pre_quantized:
@@ -56,6 +57,7 @@ class Sparse24HfQuantizer(HfQuantizer):
         files = kwargs.get("checkpoint_files") or []
         # Without files the weights are tensors of the caller (`state_dict=...`), which must stay as they are.
         self.owns_weights = bool(files)
+        self._refuse_sharding(model)
         if self.pre_quantized:
             selection = select(model, config.target_modules, config.modules_to_not_convert, config.roles, strict=False)
             readable = bool(files) and all(file.endswith(".safetensors") for file in files)
@@ -67,6 +69,26 @@ class Sparse24HfQuantizer(HfQuantizer):
                 check_packed_files(files, config.quantization, made - tied)
         else:
             select(model, config.target_modules, config.modules_to_not_convert)
+
+    def _refuse_sharding(self, model: PreTrainedModel) -> None:
+        """Raise where processes are to share the weights of packed layers, or of weights that calibration reads."""
+        if getattr(model.config, "distributed_config", None) is None:
+            return
+        if self.pre_quantized:
+            raise ValueError(
+                "Packed 2:4 layers are not sharded over processes, which distributed_config asks for. Load the model "
+                "without it, or unpack the checkpoint first (hf-sparse24 unpack) and load that."
+            )
+        if self.quantization_config.pack or self.quantization_config.dataset is not None:
+            raise ValueError(
+                "Under distributed_config a model can be pruned by magnitude and stays unpacked: packed layers are "
+                "not sharded, and calibration takes whole weights. Use Sparse24Config(method='magnitude', pack=False)."
+            )
+        if not self.owns_weights:
+            raise ValueError(
+                "Pruning under distributed_config writes into the tensors that are loaded, which with state_dict=... "
+                "are the caller's. Load from a folder."
+            )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """With the weights in place: check what was read, or prune and pack."""
@@ -87,10 +109,29 @@ class Sparse24HfQuantizer(HfQuantizer):
         unpack_(model)
         return model if dtype is None else model.to(dtype)
 
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes an element, for device maps. A packed layer is as large as what is stored of it ...
+
+        ... and on a GPU libraries keep metadata of the size of the indices besides. A dense checkpoint is placed as it
+        is: it is packed after it was placed.
+        """
+        size = super().param_element_size(model, param_name, param)
+        return 2 * size if param_name.endswith(".weight_indices") and torch.cuda.is_available() else size
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Never cast FP8 values on the way in, whatever dtype the model keeps this module in."""
         stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
         return None if "F8" in stored or "float8" in stored else super().get_new_dtype(converter, param, dtype)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Refuse to save packed layers that something has sharded since; else leave all to transformers."""
+        for name, module in model.named_modules():
+            if isinstance(module, Sparse24Linear) and any(map(is_sharded, module.parameters(recurse=False))):
+                raise ValueError(
+                    f"{name} is packed and sharded over processes, and packed models are saved whole. Save it before "
+                    "it is sharded, or shard one that is not packed (unpack_)."
+                )
+        return None, {}
 
     def is_serializable(self) -> bool:
         """A packed model is saved as plain tensors."""
@@ -124,7 +165,7 @@ def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str])
         return any((known, shape) in dense for known in in_the_file(name))
 
     found = frozenset(name for name, _ in model.named_modules() if not packed.isdisjoint(in_the_file(name)))
-    left = [target.name for target in selection.targets if not target.is_expert_stack and target.name not in found]
+    left = [target.name for target in selection.targets if target.packs and target.name not in found]
     if len(found - ties.keys()) != len(packed) or not all(map(is_dense, left)):
         return selection
     return select(model, found, strict=False)

@@ -18,7 +18,9 @@ from hf_sparse24.identity import record_of
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.packing import dtype_name
 from hf_sparse24.pattern import Violations, check_present, density, find_violations
-from hf_sparse24.selection import Skipped, Target, role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import Skipped, Target, select
+from hf_sparse24.shards import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def sparsity_report(
     target_modules: Sequence[str] | str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
 ) -> SparsityReport:
-    """Describe every matrix of a model.
+    """Describe every matrix of a model. Of a sharded model every process has to call it.
 
     Args:
         model (`nn.Module`): any transformers model, pruned or not, packed or not.
@@ -214,8 +216,8 @@ def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
 
 
 def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
-    weight = getattr(module, matrix.parameter).detach()
-    check_present(weight, matrix.name)
+    check_present(getattr(module, matrix.parameter), matrix.name)
+    weight = whole(getattr(module, matrix.parameter))
     violations = find_violations(weight, matrix.dim) if isinstance(matrix, Target) else None
     pruned = violations is not None and violations.count == 0
     return SparsityRow(
@@ -237,6 +239,8 @@ def _reason(matrix: Target | Skipped, violations: Violations | None) -> str | No
         return matrix.reason
     if violations is not None and violations.count:
         return f"not 2:4 in {violations.count} of {violations.groups} groups"
+    if matrix.read_by is not None:
+        return f"read directly by {matrix.read_by}"
     return "fused experts have no packed layer" if matrix.is_expert_stack else None
 
 

@@ -72,7 +72,11 @@ FAMILIES = {
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
 }
 
-# What only some tests are about: layers that share their weights, and casts to the dtype of a weight.
+SWIN = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4, "image_size": 64}
+SWIN |= {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+WIDE_TEXT = {**SIZE, "hidden_size": 64, "num_attention_heads": 2}
+
+# What only some tests are about: layers that share their weights, casts to the dtype of a weight, attention of torch.
 ODD_FAMILIES = {
     "zamba": (
         "ZambaForCausalLM",
@@ -101,6 +105,19 @@ ODD_FAMILIES = {
         {"hidden_size": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "vocab_size": 96}
         | {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
     ),
+    "bridgetower": (
+        "BridgeTowerModel",
+        "BridgeTowerConfig",
+        {**WIDE_TEXT, "text_config": WIDE_TEXT}
+        | {"vision_config": {"hidden_size": 64, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32}},
+    ),
+    "mask2former": (
+        "Mask2FormerModel",
+        "Mask2FormerConfig",
+        {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "encoder_feedforward_dim": 64}
+        | {"dim_feedforward": 64, "encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4}
+        | {"num_queries": 6},
+    ),
 }
 
 
@@ -108,6 +125,8 @@ def build(family, **overrides):
     """Build a tiny model with random weights; the same seed gives the same weights."""
     model_class, config_class, kwargs = (FAMILIES | ODD_FAMILIES)[family]
     torch.manual_seed(0)
+    if family == "mask2former":
+        overrides = {"backbone_config": transformers.SwinConfig(**SWIN)} | overrides
     config = getattr(transformers, config_class)(**{**kwargs, **overrides})
     return getattr(transformers, model_class)(config).eval()
 
@@ -124,4 +143,8 @@ def inputs(family):
         return tokens | decoder
     if family in ("vit", "dinov2", "dinov2_swiglu"):
         return pixels
+    if family == "mask2former":
+        return {"pixel_values": torch.randn(2, 3, 64, 64)}
+    if family == "bridgetower":
+        return tokens | pixels | {"pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}
     return tokens | pixels if family == "clip" else tokens

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import hf_sparse24
-from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, quantizer, selection, sparsity_report, unpack_
+from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, quantizer, roles, sparsity_report, unpack_
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.pattern import find_violations, prune_2to4
@@ -556,17 +556,17 @@ def test_a_packed_checkpoint_of_other_naming_tables_loads_as_it_was_packed(
     removed, tiny_llama_folder, tmp_path, magnitude, tokens, monkeypatch
 ):
     """What is selected by default may change from version to version; what a file holds does not."""
-    known = dict(selection._ANYWHERE)
+    known = dict(roles._ANYWHERE)
     for name in removed.split():
-        monkeypatch.delitem(selection._ANYWHERE, name)
+        monkeypatch.delitem(roles._ANYWHERE, name)
     fewer = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
     fewer.save_pretrained(tmp_path / "fewer")
-    monkeypatch.setattr(selection, "_ANYWHERE", known)
+    monkeypatch.setattr(roles, "_ANYWHERE", known)
     more = LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=magnitude())
     more.save_pretrained(tmp_path / "more")
     assert_same_model(fewer, AutoModelForCausalLM.from_pretrained(tmp_path / "fewer"))
     for name in removed.split():
-        monkeypatch.delitem(selection._ANYWHERE, name)
+        monkeypatch.delitem(roles._ANYWHERE, name)
     assert_same_model(more, AutoModelForCausalLM.from_pretrained(tmp_path / "more"))
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_sparse24.selection import role_of, select
+from hf_sparse24.roles import role_of
+from hf_sparse24.selection import select
 from tests.families import FAMILIES, build
 
 LLAMA = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o"}
@@ -220,10 +221,18 @@ def test_a_width_that_is_no_multiple_of_four_is_left_with_the_reason():
     assert "model.layers.0.mlp.up_proj" not in reasons
 
 
-def test_multihead_attention_reads_its_projection_itself():
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2)])
-    reasons = {matrix.name: matrix.reason for matrix in select(model).skipped}
-    assert reasons["0.out_proj"] == "read directly by MultiheadAttention"
+def test_multihead_attention_reads_its_projections_itself():
+    model = nn.ModuleList([nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})])
+    targets = {target.name: (target.role, target.read_by, target.packs) for target in select(model).targets}
+    assert targets == {
+        "0.attn.in_proj_weight": ("qkv", "MultiheadAttention", False),
+        "0.attn.out_proj": ("o", "MultiheadAttention", False),
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
+def test_packed_are_linear_layers_that_are_called(family):
+    assert all(target.packs != target.is_expert_stack for target in select(build(family)).targets)
 
 
 def test_shared_layers_are_named_once():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_sparse24 import Sparse24Linear, pack_, prune_, selection, sparsity_report, unpack_
+from hf_sparse24 import Sparse24Config, Sparse24Linear, pack_, prune_, roles, sparsity_report, unpack_
+from hf_sparse24.calibration import sequential
 from hf_sparse24.pattern import prune_2to4
 from hf_sparse24.selection import select
 from tests.families import build
@@ -55,7 +56,7 @@ def test_the_file_says_which_layers_are_packed(family, tmp_path, magnitude, monk
     dense.save_pretrained(tmp_path / "dense")
     model = type(dense).from_pretrained(tmp_path / "dense", quantization_config=magnitude())
     model.save_pretrained(tmp_path / "packed")
-    monkeypatch.delitem(selection._ANYWHERE, "down_proj")
+    monkeypatch.delitem(roles._ANYWHERE, "down_proj")
     assert_same_model(model, type(dense).from_pretrained(tmp_path / "packed"))
 
 
@@ -104,3 +105,15 @@ def test_a_layer_that_stands_in_two_places_is_replaced_in_both():
     pack_(model)
     assert model["layers"][0]["fc1"] is model["layers"][0]["fc2"]
     assert isinstance(model["layers"][0]["fc1"], Sparse24Linear)
+
+
+@pytest.mark.parametrize("family", ["zamba", "zamba2"])
+def test_calibrated_methods_say_that_they_see_the_first_use_alone(family, tokens, caplog):
+    sequential.logger.warning_once.cache_clear()
+    model = build(family)
+    report = prune_(model, Sparse24Config(method="wanda"), [{"input_ids": tokens}])
+    assert report.totals["matrices_2to4"] == TIED[family][0]
+    assert report.totals["violating_groups"] == 0
+    assert f"{TIED[family][0]} weights, that of {next(t.name for t in select(model).targets)} for one" in caplog.text
+    pack_(model)
+    assert len(packed_layers(model)[0]) == TIED[family][0]

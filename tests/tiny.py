@@ -64,6 +64,7 @@ _FRAMES_FIRST = (
 _FEATURES = {
     **dict.fromkeys(_FRAMES_FIRST.split(), (50, 80)),
     "speech_to_text": (300, 80),
+    "gemma4_audio": (96, 128),
     "glmasr_encoder": (128, 300),
     "voxtral_realtime_encoder": (128, 300),
 }

@@ -140,5 +140,5 @@ def _quantize_dense_(model: nn.Module, variant: Variant) -> None:
     else:
         granularity = getattr(torchao, variant.granularity)()
         config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=granularity, set_inductor_config=False)
-    names = {target.module_name for target in select(model).targets if not target.is_expert_stack}
+    names = {target.module_name for target in select(model).targets if target.packs}
     torchao.quantize_(model, config, filter_fn=lambda module, name: name in names)

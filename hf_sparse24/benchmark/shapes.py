@@ -156,7 +156,7 @@ def _targets(model: nn.Module) -> list[tuple[str, str, tuple[int, int]]]:
     """Return name, role, and (out, in) of every linear target."""
     found = []
     for target in select(model).targets:
-        if not target.is_expert_stack:
+        if target.packs:
             weight = getattr(model.get_submodule(target.module_name), target.parameter)
             shape = (weight.shape[1], weight.shape[0]) if target.dim == -2 else (weight.shape[0], weight.shape[1])
             found.append((target.name, target.role, shape))

@@ -7,12 +7,18 @@ with their new weights.
 A stack of experts (3-D) is a group of its own with one statistic an expert, over the tokens that the router sends it.
 An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian
 would be singular, and its few tokens chance.
+
+A few layers are never called: `nn.MultiheadAttention` and what is made like it hand their weights to torch's function
+for attention. What that function multiplies with them is told from its arguments.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
@@ -24,6 +30,8 @@ from hf_sparse24.statistics import InputStatistics
 logger = logging.get_logger(__name__)
 
 Group = list[Target]
+
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
@@ -71,7 +79,7 @@ def group_statistics(
         stream (`Stream`): the pruned model's hidden states before the block.
         dense (`tuple`, *optional*): the dense block and the dense model's stream, for asymmetric statistics.
     """
-    weight = module_of(block, name, group[0]).weight
+    weight = getattr(module_of(block, name, group[0]), group[0].parameter)
     in_features = weight.shape[group[0].dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
@@ -143,7 +151,7 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
     ]
     for number, group in enumerate(groups):
-        if group[0].is_expert_stack:
+        if not group[0].packs:
             continue
         handles.append(
             module_of(block, name, group[0]).register_forward_pre_hook(
@@ -167,17 +175,12 @@ def _input_of(block: nn.Module, name: str, target: Target, stream: Stream, index
     """Return what a projection reads for one batch, and run no further than it."""
     caught: list[Tensor] = []
 
-    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        caught.append(_first(args, kwargs))
+    def catch(_: Target, inputs: Tensor) -> None:
+        caught.append(inputs)
         raise StopForward
 
-    handle = module_of(block, name, target).register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        stream.run(block, name, index)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
+    with suppress(StopForward):
+        _run_watched(block, name, [target], stream, index, catch)
     return caught[0] if caught else None
 
 
@@ -186,11 +189,11 @@ def _run_watched(
 ) -> None:
     """Run a block on one batch and call `found(target, inputs)` for each use of a target, in order."""
     handles = []
-    stacks: list[tuple[nn.Parameter, Target]] = []
+    watched: list[tuple[nn.Parameter, Target]] = []
     for target in targets:
         module = module_of(block, name, target)
-        if target.is_expert_stack:
-            stacks.append((getattr(module, target.parameter), target))
+        if not target.packs:
+            watched.append((getattr(module, target.parameter), target))
             continue
 
         def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
@@ -198,7 +201,7 @@ def _run_watched(
 
         handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
     try:
-        with _WatchStacks(stacks, found):
+        with _WatchWeights(watched, found):
             stream.run(block, name, index)
     finally:
         for handle in handles:
@@ -209,11 +212,14 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class _WatchStacks(TorchFunctionMode):
-    """Tells which inputs are multiplied with which expert of a stack, wherever in the model's code that happens."""
+class _WatchWeights(TorchFunctionMode):
+    """Tells what is multiplied with weights that belong to no layer that is called, wherever that happens.
+
+    These are the experts of a stack, and the weights that torch's function for attention is given.
+    """
 
     _PRODUCTS = (
-        torch.nn.functional.linear,
+        F.linear,
         torch.matmul,
         torch.Tensor.matmul,
         torch.Tensor.__matmul__,
@@ -221,12 +227,16 @@ class _WatchStacks(TorchFunctionMode):
         torch.Tensor.bmm,
     )
 
-    def __init__(self, stacks: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
+    def __init__(self, watched: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
         super().__init__()
-        self._stacks = stacks
+        self._stacks = [(stack, target) for stack, target in watched if target.is_expert_stack]
+        self._read = {id(weight): target for weight, target in watched if not target.is_expert_stack}
         self._found = found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward and self._read:
+            return self._attention(inspect.signature(func).bind(*args, **kwargs).arguments)
         if func in self._PRODUCTS and len(args) > 1:
             for stack, target in self._stacks:
                 offset = args[1].data_ptr() - stack.data_ptr()
@@ -234,4 +244,28 @@ class _WatchStacks(TorchFunctionMode):
                     self._found(target, args[0])
                 elif args[1].ndim == 2 and 0 <= offset < stack.nbytes:
                     self._found(target, args[0], offset // stack[0].nbytes)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _attention(self, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Tell what attention reads, run it up to its last projection, and tell what that reads."""
+        query, key, value = (call[name] for name in ("query", "key", "value"))
+        for name, inputs in zip(_ATTENTION_WEIGHTS, (query, query, key, value), strict=True):
+            target = self._read.get(id(call.get(name)))
+            if target is None:
+                continue
+            if name == "in_proj_weight" and (query.data_ptr(), query.shape) != (key.data_ptr(), key.shape):
+                raise ValueError(
+                    f"{target.name} reads two inputs (cross-attention), and calibrated methods take one. Keep it "
+                    f"dense with modules_to_not_convert=['{target.name.split('.')[-2]}'], or use method='magnitude'."
+                )
+            self._found(target, _batch_first(inputs))
+        weight, bias = call["out_proj_weight"], call["out_proj_bias"]
+        unprojected = {"out_proj_weight": torch.eye(len(weight)).to(weight), "out_proj_bias": None}
+        attended, probabilities = F.multi_head_attention_forward(**call | unprojected)
+        if id(weight) in self._read:
+            self._found(self._read[id(weight)], _batch_first(attended))
+        return F.linear(attended, weight, bias), probabilities
+
+
+def _batch_first(inputs: Tensor) -> Tensor:
+    return inputs.transpose(0, 1) if inputs.ndim == 3 else inputs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_sparse24.calibration.blocks import Stream
 from hf_sparse24.calibration.fitting import Fit, Masks, Schedule, fit_, mixed_precision
-from hf_sparse24.selection import is_router
+from hf_sparse24.roles import is_router
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class BlockPruner:
                 if solution.raised:
                     walked.raised_dampening[target.name] = solution.dampening
         if self.recipe.smooth:
-            read = [(group, self._column_norms.pop(group[0].name)) for group in groups if not group[0].is_expert_stack]
+            read = [(group, self._column_norms.pop(group[0].name)) for group in groups if group[0].packs]
             smoothed = smooth_(block, name, read, stream)
             if smoothed:
                 walked.smoothed[name] = smoothed
@@ -106,7 +106,7 @@ class BlockPruner:
 
     def rounded(self, *names: str) -> AbstractContextManager[None]:
         """Return a context in which the targets of some blocks round as they will when they are packed."""
-        targets = [target for name in names for target in self.targets.get(name, ()) if not target.is_expert_stack]
+        targets = [target for name in names for target in self.targets.get(name, ()) if target.packs]
         layers = [(self.model.get_submodule(target.module_name), target.dim) for target in targets]
         return rounded(layers, self.recipe.quantization)
 
@@ -143,7 +143,8 @@ class BlockPruner:
         statistics = group_statistics(block, name, group, stream, followed)
         self._column_norms[group[0].name] = statistics.column_norms
         dampening = full_dampening(recipe.dampening, statistics)
-        solution = solve(weights, statistics, recipe.method, refitted, dampening, recipe.quantization)
+        quantization = recipe.quantization if group[0].packs else None
+        solution = solve(weights, statistics, recipe.method, refitted, dampening, quantization)
         for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
             yield target, Solution([weight], [mask], solution.dampening, solution.raised)
 

@@ -6,6 +6,7 @@ hidden states move along, the pruned model's and, for what targets the dense mod
 torch.distributed every process walks its own share of the batches and the statistics are summed.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,6 +55,7 @@ def prune_sequentially_(
         weight = getattr(model.get_submodule(target.module_name), target.parameter)
         check_present(weight, target.name)
         check_finite(weight, target.name)
+    _say_what_is_shared(model, selection)
     names = block_names(model, [target.name for target in selection.targets])
     batches = _own_share(batches)
     walked, pruner = Walked(), BlockPruner(model, selection, recipe, device, progress)
@@ -63,6 +65,18 @@ def prune_sequentially_(
             _walk(pruner, batches, chains, walked, bar)
             walked.distilled = _distill(pruner, batches, chains[-1][-1])
     return walked
+
+
+def _say_what_is_shared(model: nn.Module, selection: Selection) -> None:
+    """Warn of weights that several layers use, as Zamba's do: the walk meets them in the first of these alone."""
+    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    weights = {t.name: getattr(model.get_submodule(t.module_name), t.parameter) for t in selection.targets}
+    shared = [name for name, weight in weights.items() if uses[id(weight)] > 1]
+    if shared:
+        logger.warning_once(
+            f"{len(shared)} weights, that of {shared[0]} for one, are used by later layers too: they are chosen on "
+            "what the first of their layers reads."
+        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import record_of
 from hf_sparse24.pattern import find_violations, mask_2to4
-from hf_sparse24.selection import role_of
+from hf_sparse24.roles import role_of
 from hf_sparse24.training.masks import Masks, bare, local
 from hf_sparse24.training.policies import Frozen, Weight, make_policy
 from hf_sparse24.training.schedule import learning_rates, why_no_recovery

@@ -2,7 +2,7 @@
 
 `accelerate` may replace every parameter of a model (FSDP2 makes DTensors of them), and a resumed run fills them anew.
 So masks are made after both, hold no parameter, and ask its module for it whenever they are applied. A shard of
-a DTensor is treated as a matrix of its own, which is right as long as no group of four is cut in two; that is checked.
+a DTensor is treated as a matrix of its own (`hf_sparse24.shards`).
 
 What keeps zeros zero: gradients of pruned weights are zeroed as soon as they are accumulated, which also keeps them
 out of the clipped norm and of the optimizer's moments, and pruned weights are zeroed after every step, which holds
@@ -18,13 +18,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.hooks import RemovableHandle
 
 from hf_sparse24 import processes
 from hf_sparse24.identity import record_of
-from hf_sparse24.pattern import GROUP_SIZE
 from hf_sparse24.selection import select
+from hf_sparse24.shards import check_shards, is_sharded, local
 
 _WRAPPER = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
 
@@ -86,7 +85,7 @@ class Masks(dict[str, Mask]):
         masks = cls()
         for path, dim in _targets(model):
             parameter, name = model.get_parameter(path), _WRAPPER.sub("", path)
-            _check_shards(parameter, dim, name)
+            check_shards(parameter, dim, name)
             weight = local(parameter)
             kept = choose(name, weight, dim)
             owner, _, key = path.rpartition(".")
@@ -136,7 +135,7 @@ class Masks(dict[str, Mask]):
         counts, sharded = [], False
         for mask in self.values():
             counts.append(marks(mask, local(mask.parameter)).sum())
-            sharded = sharded or isinstance(mask.parameter, DTensor)
+            sharded = sharded or is_sharded(mask.parameter)
         total = torch.stack(counts).sum()
         return processes.sum_(total) if sharded else total
 
@@ -144,12 +143,6 @@ class Masks(dict[str, Mask]):
 def bare(model: nn.Module) -> nn.Module:
     """Return a model without what DDP and torch.compile wrap around it."""
     return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor in this process, without a gradient; what is written to them, it has."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -186,21 +179,3 @@ def _targets(model: nn.Module) -> Iterator[tuple[str, int]]:
     for target in selection.targets:
         parts = (prefix, target.module_name, target.parameter)
         yield ".".join(part for part in parts if part), target.dim
-
-
-def _check_shards(parameter: nn.Parameter, dim: int, name: str) -> None:
-    """Raise the same `ValueError` in every process when shards cut groups of four in two."""
-    if hasattr(parameter, "ds_tensor"):
-        raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO-3, which cuts groups of four. Use FSDP2 or ZeRO-2.")
-    if not isinstance(parameter, DTensor):
-        return
-    size, axis = parameter.shape[dim], dim % parameter.ndim
-    for placement, count in zip(parameter.placements, parameter.device_mesh.shape, strict=True):
-        if not isinstance(placement, Shard) or placement.dim != axis or count == 1:
-            continue
-        size = -(-size // count)
-        if size % GROUP_SIZE:
-            raise ValueError(
-                f"2:4 needs shards of whole groups of {GROUP_SIZE}; {name} has {parameter.shape[dim]} inputs, and its "
-                f"shards {size}. Use another number of processes, or keep it dense with modules_to_not_convert."
-            )

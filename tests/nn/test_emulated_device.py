@@ -69,6 +69,31 @@ def test_every_backend(quantization, tokens, device):
         assert_right(layer, x)
 
 
+# Of the feed-forward layers of vision towers: SigLIP-so400m has 4304 = 16 * 269 between its 1152 features and
+# Qwen2.5-VL 3420 = 4 * 855 between 1280; here 16 * 17 and 4 * 33. cuSPARSELt takes features by 16 or, in 8 bits, by
+# 32, the kernel for few tokens inputs by 64.
+ODD_WIDTHS = {
+    (16 * 17, 128): {None: "cusparselt", "int8": "nvrtc", "fp8": "nvrtc"},
+    (128, 16 * 17): {None: "cusparselt", "int8": "reference", "fp8": "reference"},
+    (4 * 33, 128): {None: "nvrtc", "int8": "nvrtc", "fp8": "nvrtc"},
+    (128, 4 * 33): {None: "reference", "int8": "reference", "fp8": "reference"},
+}
+
+
+@pytest.mark.parametrize("quantization", list(ERROR))
+@pytest.mark.parametrize("shape", ODD_WIDTHS, ids=str)
+def test_widths_that_few_kernels_take(shape, quantization, device, caplog):
+    dispatch.logger.warning_once.cache_clear()
+    layer = Sparse24Linear.from_linear(pruned_linear(*shape, True), quantization)
+    runs = ODD_WIDTHS[shape][quantization]
+    assert choose(80, torch.bfloat16, layer.weight, layer.weight_metadata) == runs
+    what = {"nvrtc": "the kernel for few tokens, which is slow for many", "reference": "a dense product"}.get(runs)
+    said = f"2:4 weights of {shape[0]} x {shape[1]} in"
+    assert (said in caplog.text) == (what is not None)
+    assert what is None or f"run through {what}: cuSPARSELt takes features divisible by" in caplog.text
+    assert_right(layer, torch.randn(2, shape[1]).bfloat16())
+
+
 def test_the_kernel_changes_where_it_is_said_to(device, monkeypatch):
     layer = Sparse24Linear.from_linear(pruned_linear(128, 128, False), "int8")
     ran = []
