@@ -78,12 +78,12 @@ def what_it_is(base_model: str | None, packed: bool, quantization: str | None) -
 
 def headline(evaluations: Sequence[Evaluation]) -> str | None:
     """Say what is left of the dense model by the first figure; None where that was not measured."""
-    if not evaluations or evaluations[0].dense is None:
+    first = next(iter(evaluations), None)
+    if first is None or first.dense is None or first.recovery is None:
         return None
-    first = evaluations[0]
     return (
         f"{metric_title(first)} {first.value:.4g}, dense {first.dense:.4g}: recovery {first.recovery:.1f} % on "
-        f"{_measured_on(first)}."
+        f"{first.measured_on}."
     )
 
 
@@ -123,10 +123,10 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     body = [
         [
             f"{metric_title(evaluation)} ({evaluation.better} is better)",
-            _measured_on(evaluation),
+            evaluation.measured_on,
             "" if evaluation.dense is None else f"{evaluation.dense:.4g}",
-            f"{evaluation.value:.4g}",
-            "" if evaluation.dense is None else f"{evaluation.recovery:.1f} %",
+            f"{evaluation.value:.4g}" + ("" if evaluation.stderr is None else f" ± {evaluation.stderr:.2g}"),
+            "" if evaluation.recovery is None else f"{evaluation.recovery:.1f} %",
         ]
         for evaluation in evaluations
     ]
@@ -173,11 +173,6 @@ def limit_lines(evaluations: Sequence[Evaluation], packed: bool) -> list[str]:
 def metric_title(evaluation: Evaluation) -> str:
     """Return the name of a metric for people."""
     return evaluation.metric.replace("_", " ").capitalize()
-
-
-def _measured_on(evaluation: Evaluation) -> str:
-    amount = f"{evaluation.samples} {evaluation.unit}"
-    return f"{evaluation.dataset}, {amount}" if evaluation.dataset else amount
 
 
 def loss_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -179,6 +179,14 @@ def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkey
     assert [kwargs["quantization_config"].dataset for kwargs in seen] == [None, None, "self"]
 
 
+def test_evaluate_says_in_a_sentence_that_the_tokenizer_is_missing(cli, tiny_llama_folder, text):
+    code, _, err = cli("evaluate", tiny_llama_folder, "--text", text)
+    assert code == 1
+    line = next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
+    assert f"{tiny_llama_folder} has none that transformers reads; save it there: AutoTokenizer" in line
+    assert err.splitlines()[-1] == line
+
+
 def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama, tokenizer, text):
     code, out, _ = cli("evaluate", tiny_llama_folder, "--text", text, "--window", 16, "--windows", 4, "--json")
     assert code == 0
