@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_sparse24
 from hf_sparse24 import capability
@@ -61,6 +62,24 @@ def test_a_backend_that_is_asked_for_and_missing_is_an_error():
         assert answer.reason in str(error.value)
     with pytest.raises(ValueError, match="backend must be one of"):
         capability.check_backend("cuda")
+
+
+def test_torchao_whose_library_does_not_load_has_no_kernel(monkeypatch):
+    """Beside a CPU build of torch torchao imports, declares its operators, and has no kernel for a GPU."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    if torch.version.cuda is not None:
+        pytest.skip("a CPU build of torch is needed")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    for cached in (capability.backend_capability, capability.gpu_capability):
+        monkeypatch.setattr(capability, cached.__name__, cached.__wrapped__)
+    assert hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8")
+    assert capability.backend_capability("cutlass") == (
+        False,
+        "torchao has no FP8 2:4 kernel here: one before 0.18, or built for another torch or CUDA",
+    )
+    monkeypatch.setattr("torch._C._dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CUDA")
+    assert capability.backend_capability("cutlass").ok
 
 
 def test_the_environment_names_versions_and_backends():
