@@ -81,6 +81,13 @@ MatchBlocks = Annotated[
         "--match-blocks/--no-match-blocks", help="Train each block against the dense one. Default: on a GPU."
     ),
 ]
+Distill = Annotated[
+    bool | None,
+    typer.Option(
+        "--distill/--no-distill",
+        help="Train the pruned model for a moment against the dense one. Default: with matching and method auto.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 ProgressFolder = Annotated[
     str | None, typer.Option(help="Keeps finished blocks, so that the same command goes on where it stopped.")
@@ -104,6 +111,7 @@ def prune(
     seed: Seed = 0,
     refit: Refit = None,
     match_blocks: MatchBlocks = None,
+    distill: Distill = None,
     device: Device = None,
     progress_folder: ProgressFolder = None,
     target_modules: TargetModules = None,
@@ -132,6 +140,7 @@ def prune(
         sequence_length=sequence_length,
         seed=seed,
         match_blocks=match_blocks,
+        distill=distill,
         progress_folder=progress_folder,
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,

@@ -12,6 +12,8 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_sparse24.model_name import check_model_name
+
 # What a folder holds beside the weights and their description (tokenizer, templates, preprocessing) is kept with the
 # pruned model; the card is not, since it describes the dense one.
 _NOT_COMPANIONS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.index.json",
@@ -29,8 +31,7 @@ def load_model(name: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel
     Raises:
         `ValueError`: there is no such folder, the model is quantized already, or transformers lacks its class.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"There is no folder {name}. Name a folder with a transformers model, or a Hub id.")
+    check_model_name(name)
     config = AutoConfig.from_pretrained(name)
     if kwargs and getattr(config, "quantization_config", None):
         method = dict(config.quantization_config).get("quant_method")

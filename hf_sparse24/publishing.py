@@ -35,6 +35,8 @@ def card(
 
         hf-sparse24 card ./packed user/name --base-model org/dense --evaluation quality.json --benchmark speed.csv
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; name one that holds a pruned model.")
     path = folder / "README.md"
     if path.exists() and not force:
         raise ValueError(f"{path} exists; replace it with --force.")
