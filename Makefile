@@ -2,16 +2,18 @@
 # make test   everything that CI runs: style, types, layers, tests on both ends of the transformers range
 # make style  format the code
 # make docs   build the documentation into .site/; every warning is an error
+# make dist   build wheel and sdist into dist/, check them, install the wheel in an empty environment and start it
 # make bench  measure load time, packing and latency on this machine; writes benchmarks/results/
 # Each makes the virtual environment that it needs. PYTHON chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 FLOOR := .venv-floor
+EMPTY := .venv-dist
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test docs check test-newest test-floor style bench clean
+.PHONY: demo test docs check test-newest test-floor style dist bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -40,13 +42,24 @@ style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The wheel is built from the sdist. It is started away from the checkout, whose package would be imported instead.
+dist: $(VENV)/.dev
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt dist/*.whl
+	cd dist && ../$(EMPTY)/bin/python -c "import hf_sparse24, hf_sparse24.training; print(hf_sparse24.__file__)"
+	cd dist && ../$(EMPTY)/bin/hf-sparse24 --help >/dev/null
+	cd dist && ../$(EMPTY)/bin/hf-sparse24 env
+
 bench: $(VENV)/.demo $(VENV)/.dev
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/linear.py
 
 clean:
-	rm -rf $(VENV) $(FLOOR) .demo .site
+	rm -rf $(VENV) $(FLOOR) $(EMPTY) .demo .site dist
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

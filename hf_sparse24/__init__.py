@@ -7,6 +7,7 @@ named, since transformers' Trainer takes seconds.
 import importlib
 from typing import Any
 
+import hf_sparse24.torchao_import  # noqa: F401  first, before anything else imports torchao
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.nn import Sparse24Linear

@@ -1,6 +1,7 @@
 """What this machine can run, and why not: decisions as data, without printing and without fallbacks."""
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -65,7 +66,21 @@ def _cutlass() -> Capability:
         return Capability(False, "torchao's FP8 kernel needs compute capability 9.0 exactly (Hopper)")
     if importlib.util.find_spec("torchao") is None:
         return Capability(False, "needs torchao, which is not installed")
+    if not _has_operator():
+        return Capability(
+            False, "torchao has no FP8 2:4 kernel here: one before 0.18, or built for another torch or CUDA"
+        )
     return Capability(True, "torchao's FP8 2:4 kernel")
+
+
+def _has_operator() -> bool:
+    """Tell whether torchao's library with the kernel was loaded: the operator is declared without it too."""
+    importlib.import_module("torchao")  # which loads its libraries, and goes on where one fails
+    name = "torchao::rowwise_scaled_linear_sparse_cutlass_f8f8"
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    except RuntimeError:  # not even declared
+        return False
 
 
 def _nvrtc() -> Capability:

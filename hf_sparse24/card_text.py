@@ -44,7 +44,7 @@ _SPEED_COLUMNS = {
     "over_dense_bf16": "x dense bf16",
     "weights_gb": "weights, GB",
 }
-_CONDITIONS = ("device", "driver", "cuda", "torch", "transformers", "torchao", "hf_sparse24", "date")
+_CONDITIONS = ("device", "note", "driver", "cuda", "torch", "transformers", "torchao", "hf_sparse24", "date")
 
 
 def pattern(report: SparsityReport) -> str:
@@ -78,12 +78,12 @@ def what_it_is(base_model: str | None, packed: bool, quantization: str | None) -
 
 def headline(evaluations: Sequence[Evaluation]) -> str | None:
     """Say what is left of the dense model by the first figure; None where that was not measured."""
-    if not evaluations or evaluations[0].dense is None:
+    first = next(iter(evaluations), None)
+    if first is None or first.dense is None or first.recovery is None:
         return None
-    first = evaluations[0]
     return (
         f"{metric_title(first)} {first.value:.4g}, dense {first.dense:.4g}: recovery {first.recovery:.1f} % on "
-        f"{_measured_on(first)}."
+        f"{first.measured_on}."
     )
 
 
@@ -123,10 +123,10 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> str:
     body = [
         [
             f"{metric_title(evaluation)} ({evaluation.better} is better)",
-            _measured_on(evaluation),
+            evaluation.measured_on,
             "" if evaluation.dense is None else f"{evaluation.dense:.4g}",
-            f"{evaluation.value:.4g}",
-            "" if evaluation.dense is None else f"{evaluation.recovery:.1f} %",
+            f"{evaluation.value:.4g}" + ("" if evaluation.stderr is None else f" ± {evaluation.stderr:.2g}"),
+            "" if evaluation.recovery is None else f"{evaluation.recovery:.1f} %",
         ]
         for evaluation in evaluations
     ]
@@ -156,7 +156,11 @@ def _work(row: Row) -> str:
 
 def conditions_line(facts: Mapping[str, str]) -> str:
     """Say on what the rows were measured, and by which command."""
-    said = [facts[key] if key in ("device", "date") else f"{key} {facts[key]}" for key in _CONDITIONS if key in facts]
+    said = [
+        facts[key] if key in ("device", "note", "date") else f"{key} {facts[key]}"
+        for key in _CONDITIONS
+        if key in facts
+    ]
     return ", ".join(said) + (f"; `{facts['command']}`." if "command" in facts else ".")
 
 
@@ -173,11 +177,6 @@ def limit_lines(evaluations: Sequence[Evaluation], packed: bool) -> list[str]:
 def metric_title(evaluation: Evaluation) -> str:
     """Return the name of a metric for people."""
     return evaluation.metric.replace("_", " ").capitalize()
-
-
-def _measured_on(evaluation: Evaluation) -> str:
-    amount = f"{evaluation.samples} {evaluation.unit}"
-    return f"{evaluation.dataset}, {amount}" if evaluation.dataset else amount
 
 
 def loss_lines(history: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,17 +8,15 @@ import torch
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
-from hf_sparse24 import publishing
+from hf_sparse24 import measuring, publishing
 from hf_sparse24.benchmark import commands as benchmark_commands
 from hf_sparse24.benchmark.shapes import model_shapes, read_config, skeleton
 from hf_sparse24.benchmark.tuning import MOST_TOKENS
 from hf_sparse24.benchmark.tuning import tune as tune_shapes
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
-from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
-from hf_sparse24.folders import load_model, new_folder, save_with_companions
+from hf_sparse24.folders import chosen_device, load_model, new_folder, save_with_companions
 from hf_sparse24.kernels.cusparselt_plans import choices
 from hf_sparse24.kernels.dispatch import routes
 from hf_sparse24.pack import unpack_
@@ -83,6 +81,13 @@ MatchBlocks = Annotated[
         "--match-blocks/--no-match-blocks", help="Train each block against the dense one. Default: on a GPU."
     ),
 ]
+Distill = Annotated[
+    bool | None,
+    typer.Option(
+        "--distill/--no-distill",
+        help="Train the pruned model for a moment against the dense one. Default: with matching and method auto.",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 ProgressFolder = Annotated[
     str | None, typer.Option(help="Keeps finished blocks, so that the same command goes on where it stopped.")
@@ -106,6 +111,7 @@ def prune(
     seed: Seed = 0,
     refit: Refit = None,
     match_blocks: MatchBlocks = None,
+    distill: Distill = None,
     device: Device = None,
     progress_folder: ProgressFolder = None,
     target_modules: TargetModules = None,
@@ -134,12 +140,13 @@ def prune(
         sequence_length=sequence_length,
         seed=seed,
         match_blocks=match_blocks,
+        distill=distill,
         progress_folder=progress_folder,
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
     with new_folder(out, model, force) as folder:
-        pruned = load_model(model, dtype, quantization_config=config, device_map=str(_device(device)))
+        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
         save_with_companions(pruned, model, folder)
     _print_report(sparsity_report(pruned), as_json)
 
@@ -170,43 +177,7 @@ def unpack(model: Model, out: Out, dtype: Dtype = "auto", force: Force = False, 
     _print_report(unpacked, as_json)
 
 
-@app.command(rich_help_panel=_IN_ORDER)
-def evaluate(
-    model: Model,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text. Its last tenth is scored; calibration reads the rest.")],
-    dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="How many to score at most.")] = 32,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of MODEL, packed or not, on the held-out end of a text, and its recovery.
-
-    Example:
-
-        hf-sparse24 evaluate ./SmolLM2-2of4 --text book.txt --dense ./SmolLM2
-    """
-    place = _device(device)
-    measured = load_model(model, dtype).to(place)
-    check_causal(measured)
-    token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text.read_text("utf8"), window, windows)
-    value = perplexity(measured, token_ids, window)
-    del measured  # before the dense model needs its memory
-    evaluation = Evaluation(
-        metric="perplexity",
-        value=value,
-        samples=len(token_ids) // window,
-        unit=f"windows of {window} tokens",
-        dense=None if dense is None else perplexity(load_model(dense, dtype).to(place), token_ids, window),
-        dataset=text.name,
-    )
-    if as_json:
-        typer.echo(evaluation.to_json())
-    else:
-        print_evaluations([evaluation], Console(width=100))
-
-
+app.command(rich_help_panel=_IN_ORDER)(measuring.evaluate)
 app.add_typer(
     benchmark_commands.app,
     name="bench",
@@ -264,17 +235,9 @@ def main() -> None:
     """Run the command line; what the user can repair is one line on stderr, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device that was asked for, or the GPU where torch sees one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for and torch sees no CUDA device; use --device cpu.")
-    return device
 
 
 def _print_report(report: SparsityReport, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hf_sparse24.benchmark.results import read_csv
-from hf_sparse24.evaluation import Evaluation
+from hf_sparse24.evaluation import read_evaluations
 from hf_sparse24.folders import load_model
 from hf_sparse24.hub import files_to_push, push_folder
 from hf_sparse24.model_card import model_card
@@ -35,10 +35,12 @@ def card(
 
         hf-sparse24 card ./packed user/name --base-model org/dense --evaluation quality.json --benchmark speed.csv
     """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; name one that holds a pruned model.")
     path = folder / "README.md"
     if path.exists() and not force:
         raise ValueError(f"{path} exists; replace it with --force.")
-    figures = [Evaluation.from_dict(json.loads(file.read_text("utf8"))) for file in evaluation or ()]
+    figures = [figure for file in evaluation or () for figure in read_evaluations(file.read_text("utf8"))]
     rows, conditions = read_csv(benchmark) if benchmark else ([], None)
     rendered = model_card(
         load_model(str(folder)),

@@ -110,6 +110,28 @@ def test_a_missing_model_is_one_line(cli, tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("name", ["densse", "models/densse", "a/b/c", "two words", "./densse"])
+def test_a_mistyped_folder_is_said_before_the_hub_is_waited_for(cli, source, monkeypatch, caplog, name):
+    def ask(*arguments, **kwargs):
+        raise OSError("the Hub was asked")
+
+    (source.parent / "models").mkdir()
+    (source.parent / "models" / "dense").mkdir()
+    monkeypatch.chdir(source.parent)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", ask)
+    code, _, err = cli("report", name)
+    assert code == 1
+    if name in ("densse", "models/densse"):  # a Hub id may look so
+        assert f"There is no {name} (near: dense) here; asking the Hub for it." in caplog.messages
+        assert "the Hub was asked" in err
+    else:
+        assert err.splitlines()[-1].startswith(f"hf-sparse24: There is no {name}")
+        assert "the Hub was asked" not in err
+    caplog.clear()
+    cli("report", "user/name")
+    assert not caplog.messages
+
+
 def test_pruning_a_packed_model_says_so(cli, source, tmp_path):
     cli("prune", source, tmp_path / "packed", "--method", "magnitude")
     code, _, err = cli("prune", tmp_path / "packed", tmp_path / "again", "--quantization", "int8")
@@ -172,11 +194,24 @@ def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkey
 
     monkeypatch.setattr("hf_sparse24.cli.load_model", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for arguments in ((), ("--match-blocks", "--device", "cpu"), ("--no-match-blocks", "--dataset", "self")):
+    for arguments in (
+        (),
+        ("--match-blocks", "--no-distill", "--device", "cpu"),
+        ("--no-match-blocks", "--distill", "--dataset", "self"),
+    ):
         assert "enough" in cli("prune", tiny_llama_folder, tmp_path / "out", *arguments)[2]
     assert [kwargs["device_map"] for kwargs in seen] == ["cuda", "cpu", "cuda"]
     assert [kwargs["quantization_config"].match_blocks for kwargs in seen] == [None, True, False]
+    assert [kwargs["quantization_config"].distill for kwargs in seen] == [None, False, True]
     assert [kwargs["quantization_config"].dataset for kwargs in seen] == [None, None, "self"]
+
+
+def test_evaluate_says_in_a_sentence_that_the_tokenizer_is_missing(cli, tiny_llama_folder, text):
+    code, _, err = cli("evaluate", tiny_llama_folder, "--text", text)
+    assert code == 1
+    line = next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
+    assert f"{tiny_llama_folder} has none that transformers reads; save it there: AutoTokenizer" in line
+    assert err.splitlines()[-1] == line
 
 
 def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama, tokenizer, text):

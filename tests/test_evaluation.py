@@ -12,6 +12,7 @@ from hf_sparse24 import Sparse24Config, prune_
 from hf_sparse24.calibration.text import split_text
 from hf_sparse24.evaluation import (
     Evaluation,
+    compared,
     embed,
     feature_cosine,
     features,
@@ -19,6 +20,7 @@ from hf_sparse24.evaluation import (
     nll,
     perplexity,
     print_evaluations,
+    read_evaluations,
     recovery,
     retrieval_recall,
 )
@@ -417,6 +419,7 @@ def test_an_evaluation_says_what_it_is():
         "dense": 10.0,
         "dataset": None,
         "better": "lower",
+        "stderr": None,
         "recovery": 80.0,
         "recovery_is": "100 * dense / pruned",
     }
@@ -431,6 +434,45 @@ def test_an_evaluation_says_what_it_is():
 def test_an_evaluation_that_lacks_something_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Evaluation.from_dict(values)
+
+
+def test_a_metric_of_another_name_comes_with_its_direction():
+    bits = Evaluation("bits_per_byte", 2.0, 10, "documents", dense=1.0, better="lower")
+    assert bits.recovery == 50.0
+    assert Evaluation.from_dict(json.loads(bits.to_json())) == bits
+    with pytest.raises(ValueError, match=r"or come with better; got 'bits_per_byte'"):
+        Evaluation("bits_per_byte", 2.0, 10, "documents")
+    with pytest.raises(ValueError, match="better must be 'lower' or 'higher'; got 'more'"):
+        Evaluation("bits_per_byte", 2.0, 10, "documents", better="more")
+
+
+def test_a_recovery_that_is_no_number_loses_no_figure():
+    nothing = Evaluation("accuracy", 0.0, 10, "documents", dense=0.0)
+    assert nothing.recovery is None
+    console = Console(width=100, file=io.StringIO())
+    print_evaluations([nothing], console)
+    assert "0.0000" in console.file.getvalue()
+
+
+def test_figures_of_two_models_are_compared_by_metric_and_data():
+    def figure(metric, value, dataset, samples=10):
+        return Evaluation(metric, value, samples, "documents", dataset=dataset, better="higher")
+
+    pruned = [figure("acc", 0.4, "a"), figure("acc", 0.3, "b")]
+    dense = [figure("acc", 0.6, "b"), figure("f1", 0.1, "a"), figure("acc", 0.5, "a")]
+    assert [found.recovery for found in compared(pruned, dense)] == pytest.approx([80, 50])
+    with pytest.raises(ValueError, match="of the dense model on nothing"):
+        compared(pruned, dense[:2])
+    with pytest.raises(ValueError, match="measured on b, 10 documents; of the dense model on b, 9 documents"):
+        compared(pruned[1:], [figure("acc", 0.6, "b", samples=9)])
+
+
+def test_what_was_printed_is_read_again():
+    figures = [Evaluation("accuracy", 0.5, 10, "images", dense=0.75), Evaluation("nll", 2.0, 3, "clips")]
+    assert read_evaluations(json.dumps([figure.to_dict() for figure in figures])) == figures
+    assert read_evaluations(figures[0].to_json()) == figures[:1]
+    with pytest.raises(ValueError, match="needs 'metric'; got nothing"):
+        read_evaluations("[{}]")
 
 
 def test_evaluations_print_as_a_table_of_a_hundred_columns():

@@ -1,14 +1,17 @@
 """What holds for the package as a whole."""
 
 import ast
+import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_sparse24
-from hf_sparse24 import capability
+from hf_sparse24 import capability, torchao_import
 
 PACKAGE = Path(hf_sparse24.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -32,6 +35,37 @@ def test_training_imports_without_what_examples_use(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; from hf_sparse24 import Sparse24Trainer"
     code = "import torch, transformers; from transformers import Trainer\n" + code
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_prints_nothing():
+    """torchao, which transformers imports, would print of each library for GPUs that it cannot load."""
+    code = "from transformers import AutoModelForCausalLM; import hf_sparse24.cli, sys"
+    if importlib.util.find_spec("torchao"):
+        code += "; assert 'torchao' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout + done.stderr == ""
+
+
+def test_only_the_lines_that_say_nothing_are_held_back(caplog, monkeypatch):
+    def said(name, message, *arguments):
+        caplog.clear()
+        with torchao_import.without_noise():
+            logging.getLogger(name).warning(message, *arguments)
+        return caplog.messages
+
+    failed = "Failed to load /lib/torchao/_C_cutlass_90a.abi3.so: no such symbol"
+    enumerated = "%s is an Enum subclass and is now natively supported by torch.compile"
+    theirs = type("Preference", (), {"__module__": "torchao.quantization"})
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert said("torchao", failed) == []
+    assert said("torch.utils._pytree", enumerated, theirs) == []
+    assert len(said("torchao", "Skipping import of cpp extensions due to incompatible torch version.")) == 1
+    assert len(said("torch.utils._pytree", enumerated, Path)) == 1
+    assert len(said("torch.utils._pytree", "another %s", theirs)) == 1
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    assert said("torchao", failed) == [failed]
+    logging.getLogger("torchao").warning(failed)
+    assert len(caplog.messages) == 2
 
 
 def test_importing_the_package_does_not_import_the_trainer():
@@ -61,6 +95,24 @@ def test_a_backend_that_is_asked_for_and_missing_is_an_error():
         assert answer.reason in str(error.value)
     with pytest.raises(ValueError, match="backend must be one of"):
         capability.check_backend("cuda")
+
+
+def test_torchao_whose_library_does_not_load_has_no_kernel(monkeypatch):
+    """Beside a CPU build of torch torchao imports, declares its operators, and has no kernel for a GPU."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    if torch.version.cuda is not None:
+        pytest.skip("a CPU build of torch is needed")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    for cached in (capability.backend_capability, capability.gpu_capability):
+        monkeypatch.setattr(capability, cached.__name__, cached.__wrapped__)
+    assert hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8")
+    assert capability.backend_capability("cutlass") == (
+        False,
+        "torchao has no FP8 2:4 kernel here: one before 0.18, or built for another torch or CUDA",
+    )
+    monkeypatch.setattr("torch._C._dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CUDA")
+    assert capability.backend_capability("cutlass").ok
 
 
 def test_the_environment_names_versions_and_backends():

@@ -145,6 +145,8 @@ def _show(rows: Sequence[Row], device: torch.device, csv: Path | None, plot: Pat
     else:
         console = Console(width=120)
         print_rows(rows, console)
+        if "note" in facts:
+            console.print(f"Note: {facts.pop('note')}.", highlight=False)
         console.print(
             ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command"), highlight=False
         )

@@ -21,6 +21,10 @@ from hf_sparse24.benchmark.roofline import Machine
 from hf_sparse24.capability import environment
 
 OK = "ok"
+_ON_A_CPU = (
+    "a CPU has no sparse kernels: 2:4 rows are unpacked and run dense, and FP8 is emulated, in the dense rows too; "
+    "they say nothing about a GPU"
+)
 _VERSIONS = ("hf_sparse24", "torch", "transformers", "torchao", "nvmath-python", "triton")
 _BEST_DENSE_FP8 = ("dense-fp8", "dense-fp8-tensor")
 _SAME_PRECISION = {"bf16": ("dense-bf16",), "int8": ("dense-int8",), "fp8": _BEST_DENSE_FP8}
@@ -153,6 +157,8 @@ def run_environment(device: torch.device, command: str, machine: Machine | None 
         found["driver"] = _driver()
         found["cuda"] = str(torch.version.cuda)
         found["l2_cache_mb"] = f"{properties.L2_cache_size / 2**20:.0f}"
+    else:
+        found["note"] = _ON_A_CPU
     if machine is not None:
         found["copy_gb_s"] = f"{machine.copy_gb_s:.4g}"
         found["dense_tflops"] = f"{machine.tflops_16:.3g} with 16 bits, {machine.tflops_8:.3g} with 8"

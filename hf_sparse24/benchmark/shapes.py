@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_sparse24.model_name import check_model_name
 from hf_sparse24.selection import select
 
 # Roles that read the same input when they stand in one module and are equally wide.
@@ -100,11 +101,10 @@ def read_config(name: str) -> PreTrainedConfig:
     """Return the config of a folder, of a `config.json`, or of a Hub id.
 
     Raises:
-        `ValueError`: a path that is not there.
+        `ValueError`: there is no such path, and it is no Hub id.
     """
     path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.exists():
-        raise ValueError(f"There is no {name}. Name a folder with a transformers model, a config.json, or a Hub id.")
+    check_model_name(name)
     return AutoConfig.from_pretrained(path if path.exists() else name)
 
 

@@ -26,15 +26,7 @@ def cutlass_capability(value_dtype: torch.dtype, out_features: int, in_features:
         return Capability(
             False, f"torchao's FP8 kernel takes out_features divisible by {_OUTPUTS} and in_features by {_INPUTS}"
         )
-    return _has_operator()
-
-
-def _has_operator() -> Capability:
-    import torchao  # noqa: F401  (registers the operators)
-
-    if not hasattr(torch.ops.torchao, "rowwise_scaled_linear_sparse_cutlass_f8f8"):
-        return Capability(False, "this torchao has no FP8 2:4 kernel; 0.18 has")
-    return Capability(True, "torchao's FP8 2:4 kernel")
+    return capability
 
 
 def metadata_of(packed: PackedWeight) -> Tensor:

@@ -80,6 +80,7 @@ def test_the_environment_says_where_and_how():
     facts = run_environment(torch.device("cpu"), "hf-sparse24 bench gemm", Machine(4000, 790, 1500))
     assert facts["command"] == "hf-sparse24 bench gemm"
     assert facts["copy_gb_s"] == "4000"
+    assert "2:4 rows are unpacked and run dense, and FP8 is emulated" in facts["note"]
     assert {"date", "device", "torch", "transformers", "dense_tflops"} <= facts.keys()
 
 

@@ -115,7 +115,7 @@ def emulated_device(patch, compute=(9, 0)):
     patch.setattr(torch, "_cslt_compress", _compress, raising=False)
     library = Library(0)
     patch.setattr(cusparselt, "_library", lambda device: library)
-    patch.setattr(float8, "_has_operator", lambda: capability.Capability(True, ""))
+    patch.setattr(capability, "_has_operator", lambda: True)
     patch.setattr(float8, "metadata_of", lambda packed: packed.weight_indices.clone())
     patch.setattr(float8, "scaled_linear", _cutlass)
     for module in (decode, quantize_activations):
