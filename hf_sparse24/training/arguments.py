@@ -52,6 +52,13 @@ class Sparse24Arguments:
         default=False,
         metadata={"help": "AdamW with float32 weights and moments of unpruned weights only (frozen masks)."},
     )
+    sparse_matmul: bool = field(
+        default=False,
+        metadata={"help": "Forward passes and gradients of inputs on sparse tensor cores; needs a transposable mask."},
+    )
+    sparse_matmul_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the projections whose products are sparse; default: all."}
+    )
 
     def __post_init__(self) -> None:
         """Check what was asked.
@@ -72,6 +79,11 @@ class Sparse24Arguments:
             raise ValueError(
                 f"compact_optimizer keeps nothing of pruned weights, which mask_policy {self.mask_policy!r} trains. "
                 "Use mask_policy='frozen'."
+            )
+        if self.sparse_matmul and self.mask_policy not in ("frozen", "transposable"):
+            raise ValueError(
+                f"sparse_matmul needs a mask that stays, and mask_policy {self.mask_policy!r} moves it. Use "
+                "mask_policy='transposable'."
             )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:

@@ -177,7 +177,9 @@ class Sparse24TrainerMixin:
 
     def _make_callback(self, asked: Sparse24Arguments) -> Sparse24Callback:
         prior = None if asked.mask_prior is None else self._load_like_model(asked.mask_prior)
-        callback = Sparse24Callback(asked.mask_policy, prior, asked.patience_steps, **(asked.mask_policy_args or {}))
+        products = asked.sparse_matmul and (asked.sparse_matmul_modules or True)
+        policy_arguments = asked.mask_policy_args or {}
+        callback = Sparse24Callback(asked.mask_policy, prior, asked.patience_steps, products, **policy_arguments)
         self.add_callback(callback)
         return callback
 
