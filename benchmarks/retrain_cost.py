@@ -14,6 +14,7 @@ results/retrain_products.json.
 
 import argparse
 import gc
+import itertools
 import re
 import statistics
 import tempfile
@@ -101,7 +102,7 @@ class Clock(TrainerCallback):
     def milliseconds(self):
         """Return the median step."""
         marks = self.marks[WARM_UP : self.steps + 1]
-        pairs = list(zip(marks, marks[1:], strict=False))
+        pairs = list(itertools.pairwise(marks))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             return statistics.median(start.elapsed_time(end) for start, end in pairs)

@@ -30,6 +30,13 @@ class Sparse24Arguments:
     teacher_model: str | None = field(
         default=None, metadata={"help": "Folder or name of the dense model to distil from; none: no distillation."}
     )
+    teacher_adapters_off: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is the model itself, adapters off. On a pruned base that is the pruned model, "
+            "which keeps adapters from forgetting but has nothing to recover; teacher_model recovers."
+        },
+    )
     distill_temperature: float = field(
         default=2.0, metadata={"help": "Of both softmaxes; 2 as in AST (arXiv:2407.20584), 1 as in CAST."}
     )
@@ -71,6 +78,8 @@ class Sparse24Arguments:
         for key in ("logit_weight", "label_weight", "hidden_weight"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative; got {getattr(self, key)!r}.")
+        if self.teacher_adapters_off and self.teacher_model is not None:
+            raise ValueError("There can be one teacher: give teacher_model, or teacher_adapters_off.")
         if not self.distill_temperature > 0:
             raise ValueError(f"distill_temperature must be positive; got {self.distill_temperature!r}.")
         if self.distill_chunk_tokens < 1:

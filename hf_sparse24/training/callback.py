@@ -185,7 +185,7 @@ class Sparse24Callback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and (Path(best) / FILE).exists():
             check_restored(best, self.masks)
-        if best is not None and self.policy.moves:
+        if best is not None and self.policy.moves and not self.policy.ends_dense:
             self._states.clear()
             _check_2to4(self.masks)
             self.masks = Masks.of(model, lambda _, weight, dim: mask_2to4(weight.abs(), dim))
@@ -309,6 +309,9 @@ def _record(model: nn.Module, policy: Frozen, masks: Masks) -> None:
     if not isinstance(base, PreTrainedModel):
         return
     record = record_of(base)
+    if policy.ends_dense:  # nothing is to call it pruned
+        vars(base.config).pop("sparse24", None)
+        return
     if not record:
         roles = {role_of(name.removesuffix(".weight")) for name in masks} - {None}
         record = Sparse24Config(method="magnitude").record(policy.name, sorted(roles))

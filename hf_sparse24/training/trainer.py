@@ -3,6 +3,7 @@
 `Sparse24TrainerMixin` is all of it, to be put before another trainer: `class Mine(Sparse24TrainerMixin, SFTTrainer)`.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from hf_sparse24 import model_card
 from hf_sparse24.training.arguments import Sparse24Arguments
 from hf_sparse24.training.callback import Sparse24Callback
 from hf_sparse24.training.compact import CompactAdamW
-from hf_sparse24.training.distillation import Distillation, attention_mask, counted_tokens
+from hf_sparse24.training.distillation import (
+    Distillation,
+    adapters_off,
+    attention_mask,
+    check_adapters,
+    counted_tokens,
+)
 from hf_sparse24.training.masks import bare
 
 logger = logging.get_logger(__name__)
@@ -36,11 +43,15 @@ class Sparse24TrainerMixin:
         self._asked = asked
         self.sparse24 = self._given_callback() or self._make_callback(asked)
         self.teacher_model = teacher_model
-        if teacher_model is None and asked.teacher_model is not None:
+        if asked.teacher_adapters_off:
+            self.teacher_model = bare(self.model)
+            check_adapters(self.teacher_model, teacher_model)
+        elif teacher_model is None and asked.teacher_model is not None:
             self.teacher_model = self._load_like_model(asked.teacher_model)
         self.distillation = None
         if self.teacher_model is not None:
-            self.teacher_model.to(self.args.device).eval().requires_grad_(False)
+            if not asked.teacher_adapters_off:
+                self.teacher_model.to(self.args.device).eval().requires_grad_(False)
             self.distillation = Distillation(
                 asked.logit_weight,
                 asked.label_weight,
@@ -64,8 +75,9 @@ class Sparse24TrainerMixin:
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         distillation = self.distillation
         read = distillation.inputs(model, inputs)
+        with adapters_off(self.teacher_model) if self._asked.teacher_adapters_off else nullcontext():
+            taught = distillation.teach(self.teacher_model, inputs, self.accelerator.autocast)
         outputs = model(**read, **({"num_items_in_batch": num_items_in_batch} if scaled else {}))
-        taught = distillation.teach(self.teacher_model, inputs, self.accelerator.autocast)
         devices = 1
         if scaled and self.args.average_tokens_across_devices:  # as Trainer: gradients are averaged over them
             devices = self.accelerator.num_processes // self.get_tp_size()
