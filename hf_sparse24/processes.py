@@ -6,6 +6,7 @@ Every function does nothing, or says one, where there is no process group.
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def count() -> int:
@@ -40,6 +41,11 @@ def broadcast_(tensor: Tensor) -> Tensor:
     if count() > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor of which each process has a shard; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def largest(number: int, device: torch.device) -> int:

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_sparse24 import processes
 from hf_sparse24.identity import record_of
 from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.packing import dtype_name
@@ -104,7 +105,7 @@ def sparsity_report(
     target_modules: Sequence[str] | str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
 ) -> SparsityReport:
-    """Describe every matrix of a model.
+    """Describe every matrix of a model; where FSDP2 has sharded it, every process has to ask.
 
     Args:
         model (`nn.Module`): any transformers model, pruned or not, packed or not.
@@ -214,7 +215,7 @@ def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
 
 
 def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
-    weight = getattr(module, matrix.parameter).detach()
+    weight = processes.whole(getattr(module, matrix.parameter).detach())
     check_present(weight, matrix.name)
     violations = find_violations(weight, matrix.dim) if isinstance(matrix, Target) else None
     pruned = violations is not None and violations.count == 0

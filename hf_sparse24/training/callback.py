@@ -269,8 +269,8 @@ class Sparse24Callback(TrainerCallback):
                 f"sparse_matmul needs a mask that stays, and mask_policy {self.policy.name!r} moves it. Use "
                 "mask_policy='transposable'."
             )
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        dtype = dtype or next(iter(self.masks.values())).parameter.dtype
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
+        dtype = autocast or next(iter(self.masks.values())).parameter.dtype
         return SparseMatmul(self.masks, dtype, None if self.sparse_matmul is True else self.sparse_matmul)
 
     def _refuse_shards(self) -> None:
@@ -279,7 +279,7 @@ class Sparse24Callback(TrainerCallback):
 
 
 def _check_arguments(args: TrainingArguments, model: nn.Module, policy: Frozen) -> None:
-    if policy.moves and args.fp16:
+    if policy.moves and args.mixed_precision == "fp16":
         raise ValueError(
             f"mask_policy {policy.name!r} reads gradients, which fp16=True scales. Use bf16=True, or 'frozen'."
         )

@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_sparse24 import model_card
+from hf_sparse24.report import sparsity_report
 from hf_sparse24.training.arguments import Sparse24Arguments
 from hf_sparse24.training.callback import Sparse24Callback
 from hf_sparse24.training.compact import CompactAdamW
@@ -132,14 +133,18 @@ class Sparse24TrainerMixin:
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card that Trainer writes, with the pattern, how it was kept, and what is dense."""
+        """Write the card that Trainer writes, with the pattern, how it was kept, and what is dense.
+
+        Every process has to call it where the model is sharded.
+        """
         kwargs["tags"] = model_card.with_tags(kwargs.get("tags"))
         super().create_model_card(*args, **kwargs)
+        model, state = bare(self.model), self.state
+        # In every process: each has a shard, where there are any.
+        report = sparsity_report(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if self.is_world_process_zero():
-            policy, state = self.sparse24.policy.name, self.state
-            model_card.append_section(
-                self.args.output_dir, bare(self.model), policy, state.global_step, state.log_history
-            )
+            policy = self.sparse24.policy.name
+            model_card.append_section(self.args.output_dir, report, policy, state.global_step, state.log_history)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint that is resumed.
