@@ -1,6 +1,6 @@
 """What masks cost a training step, and what sparse products save: time, memory, and where the time goes.
 
-    python benchmarks/retrain_cost.py [--models smollm2 1b] [--rows NAME ...] [--compile]     # a GPU
+    python benchmarks/retrain_cost.py [--models smollm2 1b] [--rows NAME ...] [--compile] [--accumulate 4]   # a GPU
     python benchmarks/retrain_cost.py --products [--models ...]     # the products and the packing by themselves
 
 Random weights in the shapes of SmolLM2-135M and of Llama-3.2-1B, the same random tokens for all, float32 weights with
@@ -8,8 +8,8 @@ bf16 products and fused AdamW. Every row is a training of its own; its time is t
 ten, from the beginning of one step to that of the next by CUDA events, so that the row's order and the GPU's clock
 matter little. Three more steps are profiled: the time of the GPU's kernels, by kind.
 
-Rows go to results/retrain_cost.json as soon as they are there, in place of those of the same name; --products writes
-results/retrain_products.json.
+Rows go to results/retrain_cost.json as soon as they are there, in place of those of the same name and size; those of
+--products to results/retrain_products.json.
 """
 
 import argparse
@@ -145,12 +145,14 @@ def measure(name, row, extra, options):
     gpu = torch.cuda.is_available()
     model = model_of(name, row, extra, "cuda" if gpu else "cpu")
     steps = options.steps + WARM_UP
+    batch = BATCH[name] * options.accumulate
     window = WINDOW if name != "tiny" else 32
-    tokens = torch.randint(0, SHAPES[name]["vocab_size"], (BATCH[name] * (steps + PROFILED), window))
+    tokens = torch.randint(0, SHAPES[name]["vocab_size"], (batch * (steps + PROFILED), window))
     data = [{"input_ids": window, "labels": window} for window in tokens]
     with tempfile.TemporaryDirectory() as folder:
         kwargs = {
             "per_device_train_batch_size": BATCH[name],
+            "gradient_accumulation_steps": options.accumulate,
             "max_steps": steps + PROFILED,
             "learning_rate": 1e-4,
             "bf16": True,
@@ -174,9 +176,9 @@ def measure(name, row, extra, options):
         trainer.train()
     return {
         "model": name,
-        "row": f"{row}, compiled" if options.compile else row,
+        "row": row + (", compiled" if options.compile else ""),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": BATCH[name] * window,
+        "tokens": batch * window,
         "milliseconds": round(clock.milliseconds(), 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if gpu else None,
         **(clock.kinds or {}),
@@ -234,6 +236,7 @@ def main():
     parser.add_argument("--models", nargs="*", default=["smollm2", "1b"], choices=tuple(SHAPES))
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=tuple(ROWS), metavar="ROW")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; rows end in 'compiled'")
     parser.add_argument("--products", action="store_true", help="time the products of a layer instead")
     options = parser.parse_args()
@@ -250,7 +253,7 @@ def main():
             if dense[bits]:
                 facts["of_dense"] = round(facts["milliseconds"] / dense[bits], 3)
             print({key: value for key, value in facts.items() if key != "longest_kernels"}, flush=True)
-            merge("retrain_cost", [facts | {"conditions": conditions()}], ["model", "row"])
+            merge("retrain_cost", [facts | {"conditions": conditions()}], ["model", "row", "tokens"])
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

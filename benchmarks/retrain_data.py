@@ -6,7 +6,7 @@
 |---|---|---|
 | smollm2 | windows of 1024 tokens of BBC, SOTU, FOLDOC and the Debian handbook | the last twentieth of each kind |
 | minilm | 128 tokens each of BBC articles not in the test, paragraphs of SOTU and entries of FOLDOC | a twentieth |
-| whisper | 544 clips of SOTU before 1970 and of BBC articles in 12 voices, none that of the test | 16 clips |
+| whisper | 424 clips of SOTU before 1970 and of BBC articles in 12 voices, none that of the test | 16 clips |
 | dinov2 | crops, new at every step, of the calibration's photos and of two packages of wallpapers | of 2 pictures |
 
 Test data are those of the one-shot benchmark, of which nothing is here: the other articles, addresses, entries, clips
@@ -38,7 +38,7 @@ HANDBOOK = "debian-handbook"
 WALLPAPERS = ("ukui-wallpapers", "plasma-workspace-wallpapers")
 VOICES = ["slt", "kal16", "awb", "kal", "en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-us+f2", "en-us+f4"]
 VOICES += ["en-gb+f3", "en-us+m3"]
-CLIPS, CLIPS_VALIDATION = 560, 16
+CLIPS, CLIPS_VALIDATION = 440, 16
 SHORT_SIDE = 384  # of a stored picture, pixels
 FRAMES = 3000  # of Whisper's 30 seconds
 
