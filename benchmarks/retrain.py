@@ -6,9 +6,9 @@
     python benchmarks/retrain.py --collect [FOLDER ...]                     # results/retrain_NAME.json from all runs
 
 Each finished row is a line of NAME.jsonl in the folder --work, with its conditions and the curve of its training, and
-is not run again. Checkpoints lie there too, from which a run that was stopped goes on. `--collect` adds the lines of
-some folders to the results, in place of those of the same row. Data: `retrain_data.py`. One GPU, or a CPU for a trial
-(`--tokens 32768`). Of the libraries that retraining can use, neither datasets nor tokenizers are needed.
+is not run again. Checkpoints lie there too, until the row is done: from them a run that was stopped goes on.
+`--collect` adds the lines of some folders to the results, in place of those of the same row. Data: `retrain_data.py`.
+One GPU, or a CPU for a trial (`--tokens 32768`). The package datasets is not needed, peft for adapters only.
 
 | rows | begin with | learn from |
 |---|---|---|
@@ -23,6 +23,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -274,6 +275,7 @@ def run(name, key, row, bundle, options, device):
         pack_(packed, quantization=quantization, backend="reference")
         append(options, {"row": f"{key}, then {quantization}", "seed": options.seed} | scores(bundle, packed))
     append(options, facts | scores(bundle, model))  # last: where it is, the row is done
+    shutil.rmtree(folder)
     if options.save and row.sparse:
         model.save_pretrained(Path(options.save) / key.replace(", ", "_").replace(" ", "_"))
     return True
