@@ -287,10 +287,6 @@ def test_a_training_that_is_long_enough_is_not(tiny_llama, train, caplog):
     assert "cannot finish" not in caplog.text
 
 
-def test_half_precision_with_scaled_gradients_is_refused_for_moving_masks(tiny_llama, arguments, rows):
-    args = arguments(mask_policy="srste")
-    args.fp16 = True
+def test_half_precision_with_scaled_gradients_is_refused_for_moving_masks(tiny_llama, train):
     with pytest.raises(ValueError, match="fp16=True scales"):
-        Sparse24Trainer(tiny_llama, args, train_dataset=rows).sparse24.on_train_begin(
-            args, type("State", (), {"max_steps": 1, "global_step": 0})(), None, model=tiny_llama
-        )
+        train(tiny_llama, mask_policy="srste", fp16=True)
