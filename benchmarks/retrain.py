@@ -1,16 +1,18 @@
 """Retraining on a real model: from the default one-shot model back to what the dense one was, and the controls.
 
-    python benchmarks/retrain.py smollm2                                  # all rows, one after another
-    python benchmarks/retrain.py smollm2 --rows recovered --minutes 9     # stop in time; the same command goes on
-    python benchmarks/retrain.py --collect                                # results/retrain_NAME.json from all runs
+    python benchmarks/retrain.py smollm2                                    # all rows, one after another
+    python benchmarks/retrain.py smollm2 --rows recovered --minutes 8.5     # stop in time; the same command goes on
+    python benchmarks/retrain.py --list                                     # the rows of each model
+    python benchmarks/retrain.py --collect [FOLDER ...]                     # results/retrain_NAME.json from all runs
 
-Each finished row is a line of results/retrain_NAME.jsonl, and is not run again; the curve of its training is in it.
-Checkpoints lie in --work, from which a run that was stopped goes on. Data: `retrain_data.py`. One GPU, or a CPU for a
-trial (`--tokens 32768`).
+Each finished row is a line of NAME.jsonl in the folder --work, with its conditions and the curve of its training, and
+is not run again. Checkpoints lie there too, until the row is done: from them a run that was stopped goes on.
+`--collect` adds the lines of some folders to the results, in place of those of the same row. Data: `retrain_data.py`.
+One GPU, or a CPU for a trial (`--tokens 32768`). The package datasets is not needed, peft for adapters only.
 
 | rows | begin with | learn from |
 |---|---|---|
-| recovered | the one-shot model | the dense model's logits, temperature 1, no labels |
+| recovered | the one-shot model | the dense model's outputs: for smollm2 and whisper logits, without labels |
 | labels / dense, labels | the one-shot / the dense model | labels, at several rates, with early stopping |
 | policy ... | the dense model; frozen: the one-shot model | the dense model's logits, all for as many tokens |
 | masked adapters | the one-shot model | the dense model's logits |
@@ -20,25 +22,30 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import retrain_data
 import torch
-from common import RESULTS, conditions
+from common import conditions, merge
 from one_shot_data import MODELS, WINDOW, load
+from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_sparse24 import Sparse24Config, Sparse24Trainer, Sparse24TrainingArguments, pack_, prune_, sparsity_report
+from hf_sparse24.calibration.self_generated import sample_windows
 from hf_sparse24.training.masks import bare
 
 QUANTIZATIONS = ("int8", "fp8")
 LOGITS = {"label_weight": 0.0, "logit_weight": 1.0, "distill_temperature": 1.0}
-BATCH = {"smollm2": 16, "minilm": 128}
+BATCH = {"smollm2": 16, "minilm": 128, "whisper": 32, "dinov2": 64}
+OWN_TEXT_AT_ONCE = 1024  # windows
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Row:
         sparse (`bool`): whether a mask is kept.
         stops_early (`bool`): at the best loss on the validation text, which is kept.
         adapters (`int`): rank of masked adapters, 0: all weights.
+        own_text (`int`): windows that the dense model writes itself, beside the text that there is.
+        quantized (`bool`): whether the result is packed in 8 bits as well.
         arguments (`dict`): of `Sparse24TrainingArguments` beside.
     """
 
@@ -63,14 +72,23 @@ class Row:
     sparse: bool = True
     stops_early: bool = False
     adapters: int = 0
+    own_text: int = 0
+    quantized: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def rows_of(name: str) -> dict[str, Row]:
     """Return all rows of a model."""
-    if name == "minilm":
-        return {f"recovered, {rate:g}": Row(tokens=60e6, learning_rate=rate) for rate in (1e-4, 3e-4, 1e-3)}
-    rows = {"recovered": Row(tokens=120e6)}
+    if name != "smollm2":
+        tokens = {"minilm": 60e6, "whisper": 144e6, "dinov2": 82e6}[name]
+        rows = {
+            f"recovered, {rate:g}": Row(tokens=tokens, learning_rate=rate, quantized=True)
+            for rate in (1e-4, 3e-4, 1e-3)
+        }
+        hidden = Row(tokens=tokens, learning_rate=3e-4, quantized=True, arguments={"hidden_weight": 1.0})
+        return rows | {"recovered, hidden states as well, 0.0003": hidden}
+    recovered = Row(tokens=120e6, quantized=True)
+    rows = {"recovered": recovered, "recovered, with text of its own": replace(recovered, own_text=4096)}
     for rate in (3e-5, 1e-4, 3e-4, 1e-3):
         rows[f"labels, {rate:g}"] = Row(tokens=14e6, learning_rate=rate, distils=False, stops_early=True)
         rows[f"dense, labels, {rate:g}"] = Row("dense", 14e6, rate, distils=False, sparse=False, stops_early=True)
@@ -96,29 +114,15 @@ def _of(policy: str, **arguments: Any) -> dict[str, Any]:
     return {"mask_policy": policy, "mask_policy_args": arguments or None}
 
 
-class Rows(torch.utils.data.Dataset):
-    """Token ids, as a trainer takes them; where nothing is to learn from labels there are none."""
-
-    def __init__(self, ids: torch.Tensor, name: str) -> None:
-        self.ids, self.name = ids, name
-
-    def __len__(self) -> int:
-        """Return how many rows there are."""
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return one row."""
-        ids = self.ids[index]
-        if self.name == "smollm2":
-            return {"input_ids": ids, "labels": ids}
-        return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
 class Deadline(TrainerCallback):
-    """Save and stop in time, so that the next run can go on."""
+    """Save and stop in time, so that the next run can go on.
 
-    def __init__(self, seconds: float) -> None:
-        self.end, self.passed = time.monotonic() + seconds, False
+    Args:
+        end (`float`): when, by `time.monotonic`.
+    """
+
+    def __init__(self, end: float) -> None:
+        self.end, self.passed = end, False
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop where time is up, unless this is the last step."""
@@ -126,11 +130,11 @@ class Deadline(TrainerCallback):
             self.passed = control.should_save = control.should_training_stop = True
 
 
-def starting_model(name, start, bundle, work, device):
+def starting_model(name, start, bundle, options, device):
     """Return a model to train: the dense one, or a pruned one, which is made once and kept."""
     if start == "dense":
         return bundle["model"]()
-    folder = work / start
+    folder = options.work / name / start
     kind = type(bundle["model"]())
     if not (folder / "config.json").exists():
         model = bundle["model"]().to(device)
@@ -139,12 +143,29 @@ def starting_model(name, start, bundle, work, device):
             prune_(model, Sparse24Config(method="magnitude"))
         else:
             prune_(model, Sparse24Config(num_samples=4096), calibration)
+        append(options, {"row": start} | scores(bundle, model))
         model.save_pretrained(folder)
-        append(name, {"row": start} | scores(bundle, model))
     return kind.from_pretrained(folder, dtype=torch.float32)
 
 
-def arguments_of(name, row, steps, folder, device, compiled):
+def own_text(bundle, count, folder, device, end):
+    """Return windows that the dense model writes, made once and kept in parts; None where time is up."""
+    parts = []
+    for start in range(0, count, OWN_TEXT_AT_ONCE):
+        file = folder / f"own_text_{start}.safetensors"
+        if not file.exists():
+            if time.monotonic() > end:
+                return None
+            model = bundle["model"]().to(device, torch.bfloat16)
+            windows = min(OWN_TEXT_AT_ONCE, count - start)
+            ids = sample_windows(model, windows, WINDOW, OWN_TEXT_AT_ONCE // 4, seed=start)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({"ids": ids}, file)
+        parts.append(load_file(file)["ids"])
+    return torch.cat(parts)
+
+
+def arguments_of(name, row, steps, folder, device, options):
     """Return the arguments of a row's training."""
     every = max(1, steps // 20)
     stopping = {
@@ -174,7 +195,10 @@ def arguments_of(name, row, steps, folder, device, compiled):
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "torch_compile": compiled,
+        "torch_compile": options.compile,
+        "seed": options.seed,
+        # Pictures and sounds are changed anew for every step.
+        "dataloader_num_workers": min(8, os.cpu_count() - 1) if name in ("whisper", "dinov2") else 0,
         **(stopping if row.stops_early else {}),
         **(LOGITS if row.distils else {}),
         **row.arguments,
@@ -184,12 +208,20 @@ def arguments_of(name, row, steps, folder, device, compiled):
 
 def run(name, key, row, bundle, options, device):
     """Train one row, and append its figures; return False where time is up."""
-    folder = options.work / name / key.replace(", ", "_").replace(" ", "_")
-    train, validation = retrain_data.load(name, options.folder)
+    folder = options.work / name / label(key, options).replace(", ", "_").replace(" ", "_")
+    train, validation, width = retrain_data.load(name, options.folder)
     tokens = row.tokens if options.tokens is None else options.tokens
-    steps = max(2, round(tokens / (BATCH[name] * train.shape[1])))
-    args = arguments_of(name, row, steps, folder, device, options.compile)
-    model = starting_model(name, row.start, bundle, options.work / name, device)
+    steps = max(2, round(tokens / (BATCH[name] * width)))
+    if name in ("whisper", "dinov2"):
+        train, validation, width = retrain_data.load(name, options.folder, steps * BATCH[name])
+    if row.own_text:
+        windows = min(row.own_text, max(1, round(tokens / WINDOW)))
+        written = own_text(bundle, windows, options.work / name, device, options.end)
+        if written is None:
+            return False
+        train.ids = torch.cat([train.ids.to(written.dtype), written])
+    args = arguments_of(name, row, steps, folder, device, options)
+    model = starting_model(name, row.start, bundle, options, device)
     for module in model.modules():  # the teacher writes without dropout; so shall the student
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -201,10 +233,10 @@ def run(name, key, row, bundle, options, device):
         model = add_masked_lora(
             model, LoraConfig(r=row.adapters, lora_alpha=2 * row.adapters, target_modules="all-linear")
         )
-    deadline = Deadline(options.minutes * 60)
+    deadline = Deadline(options.end)
     common = {
-        "train_dataset": Rows(train, name),
-        "eval_dataset": Rows(validation[:: max(1, len(validation) // 64)], name),
+        "train_dataset": train,
+        "eval_dataset": torch.utils.data.Subset(validation, range(0, len(validation), -(-len(validation) // 64))),
         "callbacks": [deadline, *([EarlyStoppingCallback(4)] if row.stops_early else [])],
     }
     if row.sparse:
@@ -214,8 +246,8 @@ def run(name, key, row, bundle, options, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
-    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None  # also where the row is trained to its end
+    trainer.train(resume_from_checkpoint=checkpoint)
     if deadline.passed:
         print(f"{key}: stopped at step {trainer.state.global_step} of {steps}; run again to go on", flush=True)
         return False
@@ -225,24 +257,25 @@ def run(name, key, row, bundle, options, device):
     model = model.merge_and_unload() if row.adapters else model
     facts = {
         "row": key,
+        "seed": options.seed,
         "start": row.start,
         "learning_rate": row.learning_rate,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step or trainer.state.global_step,
-        "tokens": trainer.state.global_step * BATCH[name] * train.shape[1],
-        "tokens_per_second": round(done * BATCH[name] * train.shape[1] / seconds),
-        "train_loss": round(result.training_loss, 5),
+        "tokens": trainer.state.global_step * BATCH[name] * width,
+        "tokens_per_second": round(done * BATCH[name] * width / seconds),
+        "validation_loss": trainer.state.best_metric,  # with early stopping: the best
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if device == "cuda" else None,
         "violating_groups": sparsity_report(model).totals["violating_groups"] if row.sparse else None,
         "arguments": {key: value for key, value in row.arguments.items() if value is not None},
         "curve": [slim(entry) for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
-    append(name, facts | scores(bundle, model))
-    if row == rows_of(name).get("recovered") or name == "minilm":
-        for quantization in QUANTIZATIONS:
-            packed = copy.deepcopy(model)
-            pack_(packed, quantization=quantization, backend="reference")
-            append(name, {"row": f"{key}, then {quantization}"} | scores(bundle, packed))
+    for quantization in QUANTIZATIONS if row.quantized else ():
+        packed = copy.deepcopy(model)
+        pack_(packed, quantization=quantization, backend="reference")
+        append(options, {"row": f"{key}, then {quantization}", "seed": options.seed} | scores(bundle, packed))
+    append(options, facts | scores(bundle, model))  # last: where it is, the row is done
+    shutil.rmtree(folder)
     if options.save and row.sparse:
         model.save_pretrained(Path(options.save) / key.replace(", ", "_").replace(" ", "_"))
     return True
@@ -266,29 +299,37 @@ def scores(bundle, model):
     return {key: round(float(evaluate(model)), 4) for key, evaluate in bundle["evaluations"].items()}
 
 
-def lines_of(name):
-    file = RESULTS / f"retrain_{name}.jsonl"
+def label(key, options):
+    """Return what a row is called in the results."""
+    return f"{key}, seed {options.seed}" if options.seed else key
+
+
+def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def append(name, facts):
-    line = json.dumps(facts)
+def append(options, facts):
+    """Add a row to those that are done, with its conditions."""
+    facts = facts | {"row": label(facts["row"], options) if "seed" in facts else facts["row"]}
     print(json.dumps({key: value for key, value in facts.items() if key != "curve"}), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"retrain_{name}.jsonl").open("a") as file:
-        file.write(line + "\n")
+    options.lines.parent.mkdir(parents=True, exist_ok=True)
+    with options.lines.open("a") as file:
+        file.write(json.dumps(facts | {"conditions": conditions() | {"seed": options.seed}}) + "\n")
 
 
-def collect():
-    """Turn the lines of all runs into one file a model, with the conditions."""
-    for file in sorted(RESULTS.glob("retrain_*.jsonl")):
-        rows = {line["row"]: line for line in lines_of(file.stem.removeprefix("retrain_"))}
-        found = rows.pop("conditions", {})
-        found.pop("row", None)
-        file.with_suffix(".json").write_text(
-            json.dumps({"conditions": found, "rows": list(rows.values())}, indent=1) + "\n"
-        )
-        file.unlink()
+def collect(folders):
+    """Add the lines of all runs to one file a model."""
+    for name in BATCH:
+        order = ["dense", "one-shot", "magnitude", *rows_of(name)]
+        lines = [line for folder in folders for line in lines_of(Path(folder) / f"{name}.jsonl")]
+        if lines:
+            merge(f"retrain_{name}", lines, ["row"], lambda line: place(line["row"], order))  # noqa: B023
+
+
+def place(row, order):
+    """Return where a row stands: beside the one that it belongs to, which is the longest that begins its name."""
+    own = max((key for key in order if row == key or row.startswith(f"{key}, ")), key=len, default=order[-1])
+    return order.index(own), row
 
 
 def main():
@@ -296,40 +337,46 @@ def main():
     parser.add_argument("model", nargs="?", choices=tuple(BATCH))
     parser.add_argument("--rows", nargs="*", default=[])
     parser.add_argument("--folder", type=Path, default=MODELS, help="of the bundles")
-    parser.add_argument("--work", type=Path, default=MODELS / "retrain", help="of checkpoints")
+    parser.add_argument("--work", type=Path, default=MODELS / "retrain", help="of checkpoints and finished rows")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many, to go on later")
     parser.add_argument("--tokens", type=float, help="in place of what the rows say")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the data, and of adapters")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model; the first steps take longer")
     parser.add_argument("--save", help="folder for the trained models")
-    parser.add_argument("--collect", action="store_true")
+    parser.add_argument("--list", action="store_true", help="print the rows of each model")
+    parser.add_argument(
+        "--collect", nargs="*", metavar="FOLDER", help="add finished rows to the results; default: --work"
+    )
     options = parser.parse_args()
-    if options.collect:
-        collect()
+    options.end = time.monotonic() + 60 * options.minutes
+    if options.collect is not None:
+        collect(options.collect or [options.work])
+        return
+    if options.list or options.model is None:
+        for name in BATCH:
+            for key, row in rows_of(name).items():
+                print(f"{name}: {key!r} ({row.tokens / 1e6:g} million tokens)")
         return
     logging.set_verbosity_warning()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name, bundle = options.model, load(options.model, options.folder)
-    done = {line["row"] for line in lines_of(name)}
+    options.lines = options.work / f"{name}.jsonl"
+    done = {line["row"] for line in lines_of(options.lines)}
     wanted = rows_of(name)
     for key in options.rows:
         if key not in wanted:
             parser.error(f"no row {key!r}; there are {', '.join(map(repr, wanted))}")
-    if "conditions" not in done:
-        gpu = torch.cuda.get_device_name() if device == "cuda" else None
-        append(name, {"row": "conditions", "gpu": gpu, "window": WINDOW, **conditions()})
     if "dense" not in done:
-        append(name, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)))
-    started = time.monotonic()
+        append(options, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)))
     for key in options.rows or wanted:
-        if key in done:
+        if label(key, options) in done:
             continue
         if wanted[key].adapters and importlib.util.find_spec("peft") is None:
             print(f"{key}: left out, peft is not installed here", flush=True)
             continue
-        options.minutes -= (time.monotonic() - started) / 60
-        started = time.monotonic()
-        if options.minutes <= 0 or not run(name, key, wanted[key], bundle, options, device):
+        if time.monotonic() > options.end or not run(name, key, wanted[key], bundle, options, device):
+            print("Time is up; run again to go on.", flush=True)
             break
 
 

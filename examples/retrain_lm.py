@@ -17,7 +17,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_sparse24 import Sparse24Config, Sparse24Trainer, Sparse24TrainingArguments, print_sparsity_report, prune_
+from hf_sparse24 import (
+    Sparse24Config,
+    Sparse24Trainer,
+    Sparse24TrainingArguments,
+    print_sparsity_report,
+    prune_,
+    sparsity_report,
+)
 
 
 @dataclass
@@ -86,10 +93,10 @@ def main():
     trainer.save_model()
     trainer.create_model_card(dataset=script.train_file)
     loss = trainer.evaluate()["eval_loss"]
+    report = sparsity_report(model)  # in every process, which may have a shard of each weight
     if trainer.is_world_process_zero():
         print(f"perplexity of the held-out text: {math.exp(loss):.2f}")
-        if not trainer.is_fsdp_enabled:
-            print_sparsity_report(model)
+        print_sparsity_report(report)
 
 
 if __name__ == "__main__":

@@ -90,19 +90,17 @@ def with_tags(tags: str | list[str] | None) -> list[str]:
 
 
 def append_section(
-    folder: str, model: nn.Module, policy: str, steps: int, history: Sequence[Mapping[str, Any]]
+    folder: str, report: SparsityReport, policy: str, steps: int, history: Sequence[Mapping[str, Any]]
 ) -> None:
     """Append to the card that a trainer wrote what is 2:4, how it was kept so, and what stayed dense and why.
 
     Args:
         folder (`str`): where the README.md is.
-        model (`nn.Module`): as trained, with or without adapters.
+        report (`SparsityReport`): of the model as trained.
         policy (`str`): the mask policy.
         steps (`int`): how many optimizer steps were made.
         history (`Sequence[Mapping]`): the trainer's `log_history`.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    report = sparsity_report(model)
     lines = [
         f"Trained for {steps} steps with mask policy `{policy}`, hf_sparse24 {__version__}.",
         *text.dense_lines(report),

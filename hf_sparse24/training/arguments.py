@@ -30,6 +30,13 @@ class Sparse24Arguments:
     teacher_model: str | None = field(
         default=None, metadata={"help": "Folder or name of the dense model to distil from; none: no distillation."}
     )
+    teacher_adapters_off: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is the model itself, adapters off. On a pruned base that is the pruned model, "
+            "which keeps adapters from forgetting but has nothing to recover; teacher_model recovers."
+        },
+    )
     distill_temperature: float = field(
         default=2.0, metadata={"help": "Of both softmaxes; 2 as in AST (arXiv:2407.20584), 1 as in CAST."}
     )
@@ -52,6 +59,13 @@ class Sparse24Arguments:
         default=False,
         metadata={"help": "AdamW with float32 weights and moments of unpruned weights only (frozen masks)."},
     )
+    sparse_matmul: bool = field(
+        default=False,
+        metadata={"help": "Forward passes and gradients of inputs on sparse tensor cores; needs a transposable mask."},
+    )
+    sparse_matmul_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of the projections whose products are sparse; default: all."}
+    )
 
     def __post_init__(self) -> None:
         """Check what was asked.
@@ -64,6 +78,8 @@ class Sparse24Arguments:
         for key in ("logit_weight", "label_weight", "hidden_weight"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative; got {getattr(self, key)!r}.")
+        if self.teacher_adapters_off and self.teacher_model is not None:
+            raise ValueError("There can be one teacher: give teacher_model, or teacher_adapters_off.")
         if not self.distill_temperature > 0:
             raise ValueError(f"distill_temperature must be positive; got {self.distill_temperature!r}.")
         if self.distill_chunk_tokens < 1:
@@ -72,6 +88,11 @@ class Sparse24Arguments:
             raise ValueError(
                 f"compact_optimizer keeps nothing of pruned weights, which mask_policy {self.mask_policy!r} trains. "
                 "Use mask_policy='frozen'."
+            )
+        if self.sparse_matmul and self.mask_policy not in ("frozen", "transposable"):
+            raise ValueError(
+                f"sparse_matmul needs a mask that stays, and mask_policy {self.mask_policy!r} moves it. Use "
+                "mask_policy='transposable'."
             )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:

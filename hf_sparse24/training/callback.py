@@ -5,7 +5,7 @@
 | train begins (after prepare and resume) | masks are made, or read from the checkpoint; gradients are hooked |
 | step begins | a policy with a dense forward pass brings pruned weights back |
 | before the optimizer's step | a policy that trains pruned weights changes their gradients |
-| after the optimizer's step | the model is 2:4 again |
+| after the optimizer's step | the model is 2:4 again; sparse products take its new values |
 | before a save, and at the end | verified: a nonzero outside the mask is an error |
 | after a save | masks and the policy's state are written beside the weights |
 """
@@ -28,6 +28,7 @@ from hf_sparse24.roles import role_of
 from hf_sparse24.training.masks import Masks, bare, local
 from hf_sparse24.training.policies import Frozen, Weight, make_policy
 from hf_sparse24.training.schedule import learning_rates, why_no_recovery
+from hf_sparse24.training.sparse_matmul import SparseMatmul
 from hf_sparse24.training.state import FILE, States, check_restored, load_state, save_state
 
 logger = logging.get_logger(__name__)
@@ -46,6 +47,8 @@ class Sparse24Callback(TrainerCallback):
             may begin dense: a pruned model, or for each parameter a tensor whose nonzeros stay. Default: the model's
             own weights.
         patience_steps (`int`): after so many steps without a lower loss there is a warning.
+        sparse_matmul (`bool` or `list[str]`): products on sparse tensor cores (`training.sparse_matmul`), in all
+            projections or in those of some names; with masks that stay and are 2:4 along both dimensions.
         policy_arguments: of a policy that is given by its name.
 
     Raises:
@@ -57,15 +60,18 @@ class Sparse24Callback(TrainerCallback):
         policy: str | Frozen = "frozen",
         prior: nn.Module | Mapping[str, Tensor] | None = None,
         patience_steps: int = 200,
+        sparse_matmul: bool | list[str] = False,
         **policy_arguments: Any,
     ) -> None:
         self.policy = make_policy(policy, **policy_arguments)
         self.prior = dict(prior.named_parameters()) if isinstance(prior, nn.Module) else prior
         self.patience_steps = patience_steps
+        self.sparse_matmul = sparse_matmul
         self.resume_folder: str | Path | None = None
         self.masks: Masks | None = None
         self._states: States = {}
         self._hooks: list[RemovableHandle] = []
+        self._products: SparseMatmul | None = None
         self._flips: Tensor | None = None
         self._warned = False
 
@@ -90,6 +96,8 @@ class Sparse24Callback(TrainerCallback):
                 logger.warning(f"mask_policy {policy.name!r} cannot finish: {reason}.")
         _record(model, policy, self.masks)
         self._hook_gradients(state.global_step + 1)
+        if self.sparse_matmul:
+            self._products = self._sparse_products(args)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,6 +136,8 @@ class Sparse24Callback(TrainerCallback):
         step = state.global_step + 1
         if self.policy.is_fixed(step):
             self.masks.apply_()
+            if self._products is not None:
+                self._products.repack_()
             return
         with torch.no_grad():
             for weight in self._weights():
@@ -175,7 +185,7 @@ class Sparse24Callback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and (Path(best) / FILE).exists():
             check_restored(best, self.masks)
-        if best is not None and self.policy.moves:
+        if best is not None and self.policy.moves and not self.policy.ends_dense:
             self._states.clear()
             _check_2to4(self.masks)
             self.masks = Masks.of(model, lambda _, weight, dim: mask_2to4(weight.abs(), dim))
@@ -249,6 +259,19 @@ class Sparse24Callback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._products is not None:
+            self._products.remove()
+            self._products = None
+
+    def _sparse_products(self, args: TrainingArguments) -> SparseMatmul:
+        if self.policy.moves:
+            raise ValueError(
+                f"sparse_matmul needs a mask that stays, and mask_policy {self.policy.name!r} moves it. Use "
+                "mask_policy='transposable'."
+            )
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)  # accelerate's, too
+        dtype = autocast or next(iter(self.masks.values())).parameter.dtype
+        return SparseMatmul(self.masks, dtype, None if self.sparse_matmul is True else self.sparse_matmul)
 
     def _refuse_shards(self) -> None:
         if any(isinstance(mask.parameter, DTensor) for mask in self.masks.values()):
@@ -256,7 +279,7 @@ class Sparse24Callback(TrainerCallback):
 
 
 def _check_arguments(args: TrainingArguments, model: nn.Module, policy: Frozen) -> None:
-    if policy.moves and args.fp16:
+    if policy.moves and args.mixed_precision == "fp16":
         raise ValueError(
             f"mask_policy {policy.name!r} reads gradients, which fp16=True scales. Use bf16=True, or 'frozen'."
         )
@@ -286,6 +309,9 @@ def _record(model: nn.Module, policy: Frozen, masks: Masks) -> None:
     if not isinstance(base, PreTrainedModel):
         return
     record = record_of(base)
+    if policy.ends_dense:  # nothing is to call it pruned
+        vars(base.config).pop("sparse24", None)
+        return
     if not record:
         roles = {role_of(name.removesuffix(".weight")) for name in masks} - {None}
         record = Sparse24Config(method="magnitude").record(policy.name, sorted(roles))

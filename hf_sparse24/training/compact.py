@@ -47,7 +47,7 @@ class CompactAdamW(torch.optim.AdamW):
             `ValueError`: the trainer shards the model, scales losses, or asks for another optimizer.
         """
         args, model = trainer.args, trainer.model
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.fp16:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.mixed_precision == "fp16":
             raise ValueError("compact_optimizer works with one device or DDP, in float32 or bf16; leave it out here.")
         if args.optim not in _ADAMW:
             raise ValueError(f"compact_optimizer is AdamW; got optim={args.optim!r}. Use optim='adamw_torch'.")

@@ -1,7 +1,7 @@
 """The loss of distillation: the dense teacher runs on every batch, and the student is to write what it writes."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,29 @@ class Distillation:
                 f"SquareHead needs hidden states; the model returns {list(student)}. Use hidden_weight=0."
             )
         return torch.stack(parts).mean()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let a model with adapters write what its base writes, without dropout; it is left as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def check_adapters(model: nn.Module, teacher: nn.Module | None) -> None:
+    """Raise `ValueError` when a model cannot be its own teacher: it has no adapters, or there is another."""
+    if teacher is not None:
+        raise ValueError("There can be one teacher: give teacher_model, or teacher_adapters_off.")
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"teacher_adapters_off needs a model with adapters; {type(model).__name__} has none. Give teacher_model."
+        )
 
 
 def counted_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:

@@ -3,6 +3,7 @@
 `Sparse24TrainerMixin` is all of it, to be put before another trainer: `class Mine(Sparse24TrainerMixin, SFTTrainer)`.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,10 +12,17 @@ from transformers import AutoModel, PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_sparse24 import model_card
+from hf_sparse24.report import sparsity_report
 from hf_sparse24.training.arguments import Sparse24Arguments
 from hf_sparse24.training.callback import Sparse24Callback
 from hf_sparse24.training.compact import CompactAdamW
-from hf_sparse24.training.distillation import Distillation, attention_mask, counted_tokens
+from hf_sparse24.training.distillation import (
+    Distillation,
+    adapters_off,
+    attention_mask,
+    check_adapters,
+    counted_tokens,
+)
 from hf_sparse24.training.masks import bare
 
 logger = logging.get_logger(__name__)
@@ -36,11 +44,15 @@ class Sparse24TrainerMixin:
         self._asked = asked
         self.sparse24 = self._given_callback() or self._make_callback(asked)
         self.teacher_model = teacher_model
-        if teacher_model is None and asked.teacher_model is not None:
+        if asked.teacher_adapters_off:
+            self.teacher_model = bare(self.model)
+            check_adapters(self.teacher_model, teacher_model)
+        elif teacher_model is None and asked.teacher_model is not None:
             self.teacher_model = self._load_like_model(asked.teacher_model)
         self.distillation = None
         if self.teacher_model is not None:
-            self.teacher_model.to(self.args.device).eval().requires_grad_(False)
+            if not asked.teacher_adapters_off:
+                self.teacher_model.to(self.args.device).eval().requires_grad_(False)
             self.distillation = Distillation(
                 asked.logit_weight,
                 asked.label_weight,
@@ -64,8 +76,9 @@ class Sparse24TrainerMixin:
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         distillation = self.distillation
         read = distillation.inputs(model, inputs)
+        with adapters_off(self.teacher_model) if self._asked.teacher_adapters_off else nullcontext():
+            taught = distillation.teach(self.teacher_model, inputs, self.accelerator.autocast)
         outputs = model(**read, **({"num_items_in_batch": num_items_in_batch} if scaled else {}))
-        taught = distillation.teach(self.teacher_model, inputs, self.accelerator.autocast)
         devices = 1
         if scaled and self.args.average_tokens_across_devices:  # as Trainer: gradients are averaged over them
             devices = self.accelerator.num_processes // self.get_tp_size()
@@ -120,14 +133,18 @@ class Sparse24TrainerMixin:
         super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card that Trainer writes, with the pattern, how it was kept, and what is dense."""
+        """Write the card that Trainer writes, with the pattern, how it was kept, and what is dense.
+
+        Every process has to call it where the model is sharded.
+        """
         kwargs["tags"] = model_card.with_tags(kwargs.get("tags"))
         super().create_model_card(*args, **kwargs)
+        model, state = bare(self.model), self.state
+        # In every process: each has a shard, where there are any.
+        report = sparsity_report(model.get_base_model() if hasattr(model, "get_base_model") else model)
         if self.is_world_process_zero():
-            policy, state = self.sparse24.policy.name, self.state
-            model_card.append_section(
-                self.args.output_dir, bare(self.model), policy, state.global_step, state.log_history
-            )
+            policy = self.sparse24.policy.name
+            model_card.append_section(self.args.output_dir, report, policy, state.global_step, state.log_history)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint that is resumed.
@@ -177,7 +194,9 @@ class Sparse24TrainerMixin:
 
     def _make_callback(self, asked: Sparse24Arguments) -> Sparse24Callback:
         prior = None if asked.mask_prior is None else self._load_like_model(asked.mask_prior)
-        callback = Sparse24Callback(asked.mask_policy, prior, asked.patience_steps, **(asked.mask_policy_args or {}))
+        products = asked.sparse_matmul and (asked.sparse_matmul_modules or True)
+        policy_arguments = asked.mask_policy_args or {}
+        callback = Sparse24Callback(asked.mask_policy, prior, asked.patience_steps, products, **policy_arguments)
         self.add_callback(callback)
         return callback
 

@@ -1,11 +1,19 @@
 """Masks never leak: every optimizer, precision and way to accumulate that a Trainer has."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_sparse24 import Sparse24Callback, Sparse24Config, Sparse24Trainer, prune_, sparsity_report
 from hf_sparse24.pattern import find_violations, mask_2to4
@@ -66,11 +74,68 @@ def test_an_optimizer_that_moves_every_weight_is_masked_after_its_step(pruned, a
     assert_held(pruned, before)
 
 
-def test_an_optimizer_of_eight_bits(pruned, train):
-    pytest.importorskip("torchao", reason="the 8-bit optimizer of this test is torchao's")
-    before = zeros_of(pruned)
-    train(pruned, optim="adamw_torch_8bit")
-    assert_held(pruned, before)
+@pytest.fixture
+def wider():
+    """A pruned model whose matrices have 4096 weights and more: optimizers keep smaller ones in 32 bits."""
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    )
+    prune_(model, Sparse24Config(method="magnitude"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("package", "optim"),
+    [("torchao", "adamw_torch_8bit"), ("bitsandbytes", "adamw_bnb_8bit"), ("bitsandbytes", "paged_adamw_8bit")],
+)
+def test_an_optimizer_of_eight_bits(package, optim, wider, train):
+    pytest.importorskip(package, reason=f"{optim} is {package}'s")
+    before, weights = zeros_of(wider), copy.deepcopy(wider.state_dict())
+    trainer = train(wider, optim=optim, learning_rate=1e-3)
+    assert_held(wider, before)
+    assert not torch.equal(wider.model.layers[0].mlp.up_proj.weight, weights["model.layers.0.mlp.up_proj.weight"])
+    state = trainer.optimizer.state[wider.model.layers[0].mlp.up_proj.weight]
+    moments = [value for value in state.values() if isinstance(value, torch.Tensor) and value.shape == (128, 64)]
+    assert len(moments) == 2
+    assert all(getattr(moment, "codes", moment).dtype == torch.uint8 for moment in moments)
+
+
+class Scaled(Sparse24Trainer):
+    """On a CPU: float16 with scaled gradients, as accelerate does it on GPUs; the scale begins too high."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        self.scales = []
+
+    def training_step(self, *args, **kwargs):
+        self.scales.append(self.accelerator.scaler.get_scale())
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense products", "sparse products"])
+def test_masks_hold_through_steps_that_a_gradient_scaler_skips(optim, sparse, pruned, tiny_llama, arguments, rows):
+    model = tiny_llama if sparse else pruned
+    kwargs = {"mask_policy": "transposable", "sparse_matmul": True} if sparse else {}
+    args = arguments(fp16=True, optim=optim, max_steps=12, learning_rate=1e-3, logging_steps=1, **kwargs)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            weight = model.model.layers[0].mlp.up_proj.weight
+            seen.append((weight.detach().clone(), sparsity_report(model).totals["violating_groups"]))
+
+    trainer = Scaled(model, args, train_dataset=rows, callbacks=[Look()])
+    trainer.train()
+    scales = [*trainer.scales, trainer.accelerator.scaler.get_scale()]
+    skipped = [after < before for before, after in pairwise(scales)]
+    assert 0 < sum(skipped) < 12
+    for step in range(1, 12):
+        assert torch.equal(seen[step][0], seen[step - 1][0]) == skipped[step], step
+    assert {violations for _, violations in seen} == {0}
+    assert {entry["sparse24_violations"] for entry in trainer.state.log_history if "loss" in entry} == {0}
 
 
 def test_gradients_of_pruned_weights_are_out_of_the_clipped_norm(pruned, train):

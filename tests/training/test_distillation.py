@@ -101,7 +101,7 @@ def test_without_labels_no_loss_on_them_is_computed(pruned, teacher, train):
     for model in (pruned, teacher):
         model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
     train(pruned, teacher=teacher, label_weight=0, max_steps=1)
-    assert seen == [["input_ids", "num_items_in_batch"], ["input_ids"]]
+    assert seen == [["input_ids"], ["input_ids", "num_items_in_batch"]]  # teacher, student
 
 
 def test_evaluation_is_the_models_own_loss(pruned, teacher, train):

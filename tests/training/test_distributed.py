@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from hf_sparse24 import Sparse24Config, Sparse24Trainer, prune_, sparsity_report
 from tests.families import build
 from tests.training.conftest import Rows
+from tests.training.test_examples import save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 COMMON = {
@@ -37,6 +38,12 @@ WHOLE = {**SHARDED, "fsdp_config": {**SHARDED["fsdp_config"], "state_dict_type":
 PARTS = {**SHARDED, "fsdp_config": {**SHARDED["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 SRSTE = {"mask_policy": "srste", "mask_policy_args": {"refresh_steps": 1, "decay": 0.1}}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +71,7 @@ def results(tmp_path_factory):
     for name, job in jobs.items():
         job |= {"model": str(folder / "dense"), "output_dir": str(folder / name)}
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "LOCAL_WORLD_SIZE": "2"}
     environment = {**os.environ, **group, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "tests.training.processes", str(folder / "jobs.json")]
     processes = [
@@ -156,7 +160,31 @@ def test_shards_that_cut_groups_of_four_are_refused_in_every_process(results):
         assert "has 20 inputs, and its shards 10" in said["straddling"]["error"]
 
 
-def test_the_config_that_is_shipped_asks_for_fsdp2():
-    config = yaml.safe_load((ROOT / "examples/fsdp2.yaml").read_text())
-    assert config["distributed_type"] == "FSDP"
-    assert config["fsdp_config"]["fsdp_version"] == 2
+def test_the_config_that_is_shipped_shards_the_example_by_accelerate_launch(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "dense")
+    prune_(model, Sparse24Config(method="magnitude"))
+    model.save_pretrained(tmp_path / "pruned")
+    save_tokenizer(tmp_path / "pruned")
+    numbers = torch.randint(3, 96, (40, 20)).tolist()
+    (tmp_path / "text.txt").write_text("\n".join(" ".join(f"w{number}" for number in line) for line in numbers))
+    request = yaml.safe_load((ROOT / "examples/retrain_lm.yaml").read_text())
+    request |= {"model_name_or_path": str(tmp_path / "pruned"), "teacher_model": str(tmp_path / "dense")}
+    request |= {"train_file": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "out"), "sequence_length": 16}
+    request |= {"max_steps": 2, "logging_steps": 1, "save_steps": 1, "per_device_train_batch_size": 2}
+    request |= {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "no"}
+    (tmp_path / "request.yaml").write_text(yaml.safe_dump(request))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
+    launch += ["--config_file", str(ROOT / "examples/fsdp2.yaml"), str(ROOT / "tests/training/launched.py")]
+    launch += [str(ROOT / "examples/retrain_lm.py"), str(tmp_path / "request.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.count("DistributedType.FSDP") == 2  # processes
+    assert "2:4: 14 of 16 matrices" in done.stdout
+    saved = load_file(tmp_path / "out/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sparsity_report(trained).totals["violating_groups"] == 0
+    assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert "14 of 16 matrices hold at most two nonzeros" in (tmp_path / "out/README.md").read_text()

@@ -112,6 +112,33 @@ def test_adapters_learn_from_a_dense_teacher(pruned, tiny_llama, arguments, rows
     assert sparsity_report(adapted.merge_and_unload()).totals["violating_groups"] == 0
 
 
+def test_the_base_with_adapters_off_teaches_what_a_copy_of_it_teaches(pruned, arguments, rows):
+    copied = copy.deepcopy(pruned)
+    dropout = config(lora_dropout=0.1)
+    models, losses = [], []
+    for teacher, off in ((copied, False), (None, True)):
+        torch.manual_seed(0)
+        adapted = add_masked_lora(copy.deepcopy(pruned), dropout)
+        args = arguments(teacher_adapters_off=off, logging_steps=1, learning_rate=5e-2, gradient_checkpointing=True)
+        trainer = Sparse24Trainer(adapted, args, train_dataset=rows, teacher_model=teacher)
+        trainer.train()
+        models.append(adapted)
+        losses.append([entry["distill_logit_loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad
+    assert losses[0] == losses[1]
+    assert losses[0][0] == pytest.approx(0, abs=1e-6)  # adapters begin with no effect
+    assert losses[0][-1] > 1e-5  # what was learned from labels
+    for (name, tensor), twin in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(tensor, twin), name
+
+
+def test_a_model_without_adapters_cannot_be_its_own_teacher(pruned, tiny_llama, train):
+    with pytest.raises(ValueError, match="needs a model with adapters; LlamaForCausalLM has none"):
+        train(pruned, teacher_adapters_off=True)
+    with pytest.raises(ValueError, match="There can be one teacher"):
+        train(add_masked_lora(pruned, config()), teacher=tiny_llama, teacher_adapters_off=True)
+
+
 def test_what_has_no_mask_is_refused(tiny_llama, pruned):
     with pytest.raises(ValueError, match="no adapted module is 2:4"):
         add_masked_lora(tiny_llama, config())

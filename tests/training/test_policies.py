@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 import transformers
+from transformers import TrainerCallback
 
 from hf_sparse24 import Sparse24Config, Sparse24Trainer, prune_, sparsity_report
 from hf_sparse24.pattern import find_violations, mask_2to4
@@ -114,6 +115,44 @@ def test_masked_decay_shrinks_pruned_weights_and_no_others_and_masks_flip_less()
     assert 0 < few < 0.7 * many
 
 
+def test_masked_decay_may_end_dense_with_what_is_left_of_pruned_weights():
+    start = torch.tensor([[1.0, 0.9, 0.4, -0.2]])
+    policy = make_policy("masked_decay", decay=0.5, dense_tail=0.25)
+    policy.total_steps = 8
+    weight = Weight("w", start.clone(), torch.zeros_like(start), ~mask_2to4(start.abs()), -1)
+    policy.start(weight)
+    for step in range(1, 7):
+        assert weight.values.tolist() == [[1.0, pytest.approx(0.9), 0.0, 0.0]]
+        weight.gradient.zero_()
+        policy.before_step_(weight, step, 0.1)
+        weight.values.sub_(weight.gradient, alpha=0.1)
+        kept = policy.after_step_(weight, step)
+    assert policy.is_fixed(7)
+    assert kept.all()
+    assert not weight.state
+    torch.testing.assert_close(weight.values, start * torch.tensor([1, 1, 0.95**6, 0.95**6]))
+
+
+def test_a_dense_tail_ends_in_a_dense_model_through_the_trainer(tiny_llama, train):
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append(find_violations(model.model.layers[0].mlp.up_proj.weight.detach()).count > 0)
+
+    kwargs = {"mask_policy": "masked_decay", "mask_policy_args": {"dense_tail": 0.5, "refresh_steps": 1}}
+    kwargs |= {"save_strategy": "steps", "save_steps": 2}
+    again = copy.deepcopy(tiny_llama)
+    trainer = train(tiny_llama, callbacks=[Look()], **kwargs)
+    assert seen == [False, False, True, True, True, True]  # the third step leaves what the tail begins with
+    assert trainer.state.log_history[-2]["sparse24_density"] > 0.99
+    assert not hasattr(tiny_llama.config, "sparse24")
+    for step in (2, 4):
+        resumed = copy.deepcopy(again)
+        train(resumed, resume=f"{trainer.args.output_dir}/checkpoint-{step}", **kwargs)
+        assert all(torch.equal(one, resumed.state_dict()[name]) for name, one in tiny_llama.state_dict().items())
+
+
 def test_admm_finds_better_masks_than_magnitude():
     losses, minimum, by_pattern = correlated_problem()
     best, rows = by_pattern.min(0).values, torch.arange(64)
@@ -214,6 +253,10 @@ def test_unknown_policies_and_arguments_are_refused(arguments):
         make_policy("admm", decay=1)
     with pytest.raises(ValueError, match="until must be a share"):
         make_policy("admm", until=2)
+    with pytest.raises(ValueError, match="dense_tail must be a share"):
+        make_policy("masked_decay", dense_tail=1)
+    with pytest.raises(ValueError, match=r"leave out until=0\.5"):
+        make_policy("masked_decay", dense_tail=0.2, until=0.5)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +287,6 @@ def test_a_training_that_is_long_enough_is_not(tiny_llama, train, caplog):
     assert "cannot finish" not in caplog.text
 
 
-def test_half_precision_with_scaled_gradients_is_refused_for_moving_masks(tiny_llama, arguments, rows):
-    args = arguments(mask_policy="srste")
-    args.fp16 = True
+def test_half_precision_with_scaled_gradients_is_refused_for_moving_masks(tiny_llama, train):
     with pytest.raises(ValueError, match="fp16=True scales"):
-        Sparse24Trainer(tiny_llama, args, train_dataset=rows).sparse24.on_train_begin(
-            args, type("State", (), {"max_steps": 1, "global_step": 0})(), None, model=tiny_llama
-        )
+        train(tiny_llama, mask_policy="srste", fp16=True)

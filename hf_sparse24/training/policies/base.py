@@ -1,6 +1,7 @@
 """What a mask policy is: when weights, gradients and masks of one matrix change, and how.
 
 Between two optimizer steps the model is always 2:4: evaluation, saving and the best model see what will be deployed.
+(The one exception is a policy that ends dense: its last masks keep everything.)
 What a policy keeps of the pruned weights lies beside the model, in tensors of the weight's shape, and comes back for
 the forward pass or the step alone.
 """
@@ -43,6 +44,7 @@ class Frozen:
         starts_dense (`bool`): whether it may begin with a model that is not pruned.
         trains_weights (`bool`): whether the optimizer's step is taken at all.
         shards (`bool`): whether it can work on the shards of FSDP2.
+        ends_dense (`bool`): whether the model that it leaves is a dense one.
         total_steps (`int`): of the training; set before the start.
     """
 
@@ -51,6 +53,7 @@ class Frozen:
     starts_dense = False
     trains_weights = True
     shards = True
+    ends_dense = False
 
     def __init__(self) -> None:
         self.until = 1.0

@@ -7,6 +7,7 @@ divided by the gradient's own size, as Hu et al. 2024 found best (arXiv:2404.018
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hf_sparse24.training.policies.base import Moving, Weight, too_slow
@@ -16,21 +17,36 @@ from hf_sparse24.training.policies.transposable import transposable_mask
 class MaskedDecay(Moving):
     """A constant decay, and a mask that moves to the end: Hu et al. 2024.
 
-    They finish with dense training for the last sixth, which ends in a dense model and is left out here.
+    Theirs is a recipe for training faster, whose last sixth is dense and whose result is a dense model: `dense_tail`.
+    At its first step the pruned weights come back as far as they have decayed, and no mask is left.
 
     Args:
         decay (`float`): of pruned weights, relative to the gradient's scale.
         refresh_steps (`int`): how many steps a mask stays; theirs stays 40.
         until (`float`): the share of all steps after which the mask is fixed.
         transposable (`bool`): choose masks that are 2:4 along both dimensions.
+        dense_tail (`float`): the share of all steps, at the end, of dense training, theirs 1/6; 0 ends in a 2:4 model.
+
+    Raises:
+        `ValueError`: the tail is no share of the training, or `until` is given beside it.
     """
 
     name = "masked_decay"
 
     def __init__(
-        self, decay: float = 6e-5, refresh_steps: int = 40, until: float = 1.0, transposable: bool = False
+        self,
+        decay: float = 6e-5,
+        refresh_steps: int = 40,
+        until: float = 1.0,
+        transposable: bool = False,
+        dense_tail: float = 0.0,
     ) -> None:
-        super().__init__(refresh_steps, until)
+        if not 0 <= dense_tail < 1:
+            raise ValueError(f"dense_tail must be a share of the training, from 0 to below 1; got {dense_tail!r}.")
+        if dense_tail and until != 1:
+            raise ValueError(f"The mask moves until the dense tail; leave out until={until!r}.")
+        super().__init__(refresh_steps, until - dense_tail)
+        self.ends_dense = dense_tail > 0
         self.decay = decay
         self.transposable = transposable
         self.shards = not transposable
@@ -47,6 +63,14 @@ class MaskedDecay(Moving):
         """Bring the pruned weights back, and let them decay."""
         weight.gradient.add_(weight.state["pruned_values"], alpha=self.decay_at(step))
         self.reveal_(weight)
+
+    def after_step_(self, weight: Weight, step: int) -> Tensor | None:
+        """Leave a 2:4 weight, or before the dense tail all of it, and a mask that keeps all."""
+        if not (self.ends_dense and self.is_fixed(step + 1)):
+            return super().after_step_(weight, step)
+        weight.state.clear()
+        weight.pruned = torch.zeros_like(weight.pruned)
+        return ~weight.pruned
 
     def why_too_short(self, learning_rates: Sequence[float], mean_pruned: float) -> str | None:
         """Return why pruned weights cannot decay in a training of this length, or None."""
