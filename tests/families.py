@@ -70,6 +70,19 @@ FAMILIES = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", EXPERTS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+        | {"qk_rope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+    ),
 }
 
 # What only some tests are about: layers that share their weights, and casts to the dtype of a weight.
