@@ -80,6 +80,7 @@ _BETWEEN = re.compile(r"(^|\.)([^.]*merger[^.]*|adapter_modules)\.")
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
 _TRANSPOSED = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
 _READS_WEIGHTS = ("MultiheadAttention", "WavLMAttention")  # hand the weights of their projections to a function
+_BESIDE_VALUES = ("weight_indices", "weight_scale")  # in a packed layer
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
@@ -215,8 +216,7 @@ def role_of(name: str) -> str | None:
 
 def is_router(name: str, module: nn.Module) -> bool:
     """Tell from its path and type whether a module chooses between experts."""
-    inner = _path_inside_layer(name) or name
-    by_name = _ROUTER.search(name.rpartition(".")[2]) or _INSIDE_ROUTER.search(inner)
+    by_name = _ROUTER.search(name.rpartition(".")[2]) or _INSIDE_ROUTER.search(_path_inside_layer(name) or name)
     return bool(by_name) or "Router" in type(module).__name__
 
 
@@ -231,16 +231,16 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str, Tens
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or "bias" in key or key == "weight_indices" or id(parameter) in seen:
+            if parameter.ndim < 2 or "bias" in key or key in _BESIDE_VALUES or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            linear = key == "weight" and not _is_expert_stack(module_name, parameter)
+            linear = key == "weight" and not _is_expert_stack(module, module_name, parameter)
             name = module_name.removesuffix(".base_layer") if linear else f"{module_name}.{key}".lstrip(".")
             yield name, module_name, module, key, parameter
 
 
-def _is_expert_stack(name: str, weight: Tensor) -> bool:
-    return weight.ndim == 3 and "experts" in name.split(".")
+def _is_expert_stack(module: nn.Module, name: str, weight: Tensor) -> bool:
+    return weight.ndim == 3 and "experts" in name.split(".") and not hasattr(module, "weight_indices")
 
 
 def _computes_as_linear(module: nn.Linear) -> bool:
@@ -266,7 +266,7 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
         return "already packed"
     if (parent := type(model.get_submodule(name.rpartition(".")[0])).__name__) in _READS_WEIGHTS:
         return f"read directly by {parent}"
-    if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(name, weight):
+    if not isinstance(module, nn.Linear | Conv1D) and not _is_expert_stack(module, name, weight):
         return "not a linear projection"
     if isinstance(module, nn.Linear) and not _computes_as_linear(module):
         return "a linear layer with a forward of its own"

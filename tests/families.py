@@ -108,6 +108,14 @@ ODD_FAMILIES = {
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
         | {"tie_word_embeddings": False},
     ),
+    "longcat_flash": (
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        GROUPED
+        | {"num_layers": 1, "num_key_value_heads": 4, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16}
+        | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    ),
     "seamless_m4t": (
         "SeamlessM4TForTextToText",
         "SeamlessM4TConfig",

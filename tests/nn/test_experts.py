@@ -5,11 +5,13 @@ import io
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from hf_sparse24.nn import Sparse24Experts
-from hf_sparse24.nn.experts import pack_experts_, stacks_of, unpack_experts_, why_not_packed
+from hf_sparse24.nn.mixture import pack_experts_, stacks_of, unpack_experts_, why_not_packed
 from hf_sparse24.packing import unpack_weight
 from hf_sparse24.pattern import prune_2to4
 from hf_sparse24.selection import select
@@ -35,9 +37,13 @@ def pruned_stack(experts=3, rows=24, columns=40, input_dim=-1, dtype=torch.float
 
 def experts_of(model_type):
     """Return a module of experts with 2:4 weights of the size of 1, and its input dimension."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     model = build(model_type) if model_type in FAMILIES else tiny.build(model_type)
     target = next(target for target in select(model).targets if target.is_expert_stack)
     module = model.get_submodule(target.module_name)
+    if model_type == "aria_text" and why_not_packed(module):
+        pytest.skip(f"in transformers {transformers.__version__} its experts have a forward of their own")
     for name, parameter in module.named_parameters():
         parameter.data = torch.randn_like(parameter)
         if name in stacks_of(module):
