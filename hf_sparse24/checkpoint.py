@@ -5,6 +5,7 @@ on the way in. The contents of the indices are checked later, when they are in m
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -33,11 +34,21 @@ def check_packed_files(files: Iterable[str], quantization: str | None, expected_
         )
 
 
-def packed_and_dense(files: Iterable[str]) -> tuple[set[str], set[tuple[str, tuple[int, ...]]]]:
-    """Return the layers that the files hold packed, and all with a `weight` and its shape, by the file's names."""
+class Contents(NamedTuple):
+    """What files hold, by their own names: packed layers, packed stacks of experts, and all weights with a shape."""
+
+    layers: set[str]
+    stacks: set[str]
+    weights: set[tuple[str, tuple[int, ...]]]
+
+
+def contents_of(files: Iterable[str]) -> Contents:
+    """Return what the files of a packed checkpoint hold."""
     shapes = {key: shape for file in files for key, (_, shape) in _headers(file).items()}
-    packed = {key.removesuffix(_INDICES) for key in shapes if key.endswith(_INDICES)}
-    return packed, {(key.removesuffix(".weight"), shape) for key, shape in shapes.items() if key.endswith(".weight")}
+    packed = {key.removesuffix(_INDICES): len(shape) for key, shape in shapes.items() if key.endswith(_INDICES)}
+    stacks = {name for name, dimensions in packed.items() if dimensions == 3}
+    weights = {(key.removesuffix(".weight"), shape) for key, shape in shapes.items()}
+    return Contents(packed.keys() - stacks, stacks, weights)
 
 
 def _headers(file: str) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -2,7 +2,7 @@
 
 | | dense-masked | packed |
 |---|---|---|
-| weights | ordinary tensors with exact zeros | `Sparse24Linear` |
+| weights | ordinary tensors with exact zeros | `Sparse24Linear`, `Sparse24Experts` |
 | `config.json` | a plain `sparse24` record | a `quantization_config` |
 | loads without this package | yes, as any model | no, with an error |
 
@@ -10,16 +10,17 @@ The record says what was done (method, seed, roles, versions, and which modules 
 so that a model can be packed long after it was pruned, and unpacked again.
 """
 
-import re
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightTransform
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import PackedModule
 
 TAGS = ("2:4", "sparsity")  # on the Hub
 
@@ -67,17 +68,33 @@ def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
 def keep_module_names(model: PreTrainedModel) -> None:
     """Save packed layers under their own names.
 
-    For a few models (DINOv2's SwiGLU) transformers splits a checkpoint's weight over two layers and merges it again
-    when it saves. It would merge the values and not their indices.
+    For some models transformers splits a weight over several when it saves: experts over a file's layer for each
+    (Mixtral, Qwen3-MoE), DINOv2's SwiGLU over two. It would split the values and not their indices. Unpacked again,
+    the model is saved as transformers would.
     """
-    packed = [name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)]
-    names = [f"{name}.{key}" for name in packed for key in ("weight", "bias")]
+    names, default = packed_names(model), get_model_conversion_mapping(model, add_legacy=False)
+    known = getattr(model, "_weight_conversions", None)  # those that were used in loading
+    if known is None:  # a model that was never loaded is saved with the default ones
+        known = [conversion for conversion in default if not isinstance(conversion, PrefixChange)]
+    kept, merging = without_merges(known, names), [conversion for conversion in default if _makes(conversion, names)]
+    if merging or len(kept) < len(known):
+        model._weight_conversions = kept
+        model._dense_weight_conversions = known if len(kept) < len(known) else kept + merging
 
-    def merges_packed_layers(conversion: Any) -> bool:
-        targets = conversion.target_patterns if isinstance(conversion, WeightConverter) else []
-        return any(re.search(target, name) for target in targets for name in names)
 
-    conversions = getattr(model, "_weight_conversions", None) or []
-    kept = [conversion for conversion in conversions if not merges_packed_layers(conversion)]
-    if len(kept) < len(conversions):
-        model._weight_conversions, model._dense_weight_conversions = kept, conversions
+def packed_names(model: nn.Module) -> list[str]:
+    """Return the names of the tensors of packed layers that the dense ones have too."""
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedModule)]
+    return [f"{name}.{key}" for name in packed for key in ("weight", "bias")]
+
+
+def without_merges(conversions: Sequence[WeightTransform], names: Sequence[str]) -> list[WeightTransform]:
+    """Return transformers' conversions of a checkpoint without those that make a tensor of one of the names."""
+    return [conversion for conversion in conversions if not _makes(conversion, names)]
+
+
+def _makes(conversion: WeightTransform, names: Sequence[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):  # it renames
+        return False
+    reverse = conversion.reverse_transform()
+    return any(reverse.rename_source_key(name)[1] is not None for name in names)

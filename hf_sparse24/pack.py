@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_sparse24.capability import check_backend
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.identity import declare_dense, declare_packed, record_of
 from hf_sparse24.kernels import dispatch
-from hf_sparse24.nn import SharedInput, Sparse24Linear
+from hf_sparse24.nn import PackedModule, SharedInput, Sparse24Experts, Sparse24Linear
+from hf_sparse24.nn.mixture import pack_experts_, packable_experts, unpack_experts_
 from hf_sparse24.packing import check_value_dtype
 from hf_sparse24.pattern import check_finite, check_present
 from hf_sparse24.prune import find_violating, refuse_packed_layers
@@ -39,8 +40,8 @@ def pack_(
     """Pack the projections of a 2:4 model in place, ready to generate and to save.
 
     Each layer is verified before it is packed, and the dense one is freed at once. Layers that share their weight
-    (Zamba's) become one packed layer, which stands in the place of each. Fused experts (3-D) have no packed layer:
-    they stay dense tensors with zeros.
+    (Zamba's) become one packed layer, which stands in the place of each. The stacks of experts (3-D) of a layer are
+    packed together; where that cannot be, they stay dense tensors with zeros, and the report says why.
 
     Args:
         model (`nn.Module`): a transformers model that `prune_` has pruned, or that was loaded dense-masked.
@@ -74,19 +75,22 @@ def unpack_(model: nn.Module) -> SparsityReport:
     Raises:
         `ValueError`: the model has no packed layer, or has some that are offloaded.
     """
-    if isinstance(model, Sparse24Linear):
+    if isinstance(model, PackedModule):
         raise ValueError("unpack_ takes a model that holds packed layers; for a single layer call its to_linear().")
-    packed = []
-    for name, module in model.named_modules():
-        if isinstance(module, Sparse24Linear):
-            check_present(module.weight, name)
-            packed.append(module)
-    if not packed:
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    for name, module in modules.items():
+        check_present(module.weight, name)
+    if not modules:
         raise ValueError(f"{type(model).__name__} has no packed 2:4 layer; there is nothing to unpack.")
     record, places = record_of(model), _places(model)
+    packed = [module for module in modules.values() if isinstance(module, Sparse24Linear)]
+    del modules, module
     while packed:  # each packed layer is freed as soon as its dense one stands in its place
         module = packed.pop()
         _replace(places.pop(module), module, module.to_linear())
+    for module in list(model.modules()):
+        if any(isinstance(child, Sparse24Experts) for child in module.children()):
+            unpack_experts_(module)
     declare_dense(model, record)
     return sparsity_report(model)
 
@@ -104,7 +108,7 @@ def set_backend_(model: nn.Module, backend: str) -> None:
         `ValueError`: the backend is unknown, cannot run here or does not take one of the weights; nothing was changed.
     """
     check_backend(backend)
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, Sparse24Linear)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
     if not packed:
         raise ValueError(f"{type(model).__name__} has no packed 2:4 layer whose backend could be set.")
     for name, module in packed.items():
@@ -118,39 +122,48 @@ def set_backend_(model: nn.Module, backend: str) -> None:
 
 
 def pack_selected_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> None:
-    """Pack the linear targets of a selection, one at a time.
+    """Pack the targets of a selection, one at a time; experts that cannot be packed stay dense tensors with zeros.
 
     Raises:
         `ValueError`: a target has no packed form; nothing was changed.
     """
     _check_packable(model, selection, quantization)
-    experts = sum(target.is_expert_stack for target in selection.targets)
-    if experts:
-        logger.warning_once(
-            f"{experts} fused expert stacks are pruned and stay dense tensors with zeros; only linear layers pack."
-        )
 
     def pack(linear: nn.Module, name: str) -> nn.Module:
         return Sparse24Linear.from_linear(linear, quantization, backend, name)
 
+    def pack_stack(stack: Tensor, target: Target) -> Sparse24Experts:
+        return Sparse24Experts.from_stack(stack, target.dim, quantization, backend, target.name)
+
+    _replace_experts(model, selection, pack_stack, "Packing experts")  # the largest go first
     _replace_targets(model, selection, pack, "Packing")
 
 
 def make_packed_skeleton_(model: nn.Module, selection: Selection, quantization: str | None, backend: str) -> int:
-    """Put uninitialized packed layers in place of the linear targets, for a checkpoint to fill; return how many."""
+    """Put uninitialized packed layers in place of the targets, for a checkpoint to fill; return how many."""
 
     def empty(linear: nn.Module, _: str) -> nn.Module:
         return Sparse24Linear.like(linear, quantization, backend)
 
-    return _replace_targets(model, selection, empty, "Preparing packed layers")
+    def empty_stack(stack: Tensor, target: Target) -> Sparse24Experts:
+        return Sparse24Experts.like(stack, target.dim, quantization, backend)
+
+    experts = _replace_experts(model, selection, empty_stack, "Preparing packed experts")
+    return experts + _replace_targets(model, selection, empty, "Preparing packed layers")
 
 
 def _linear_targets(selection: Selection) -> list[Target]:
     return [target for target in selection.targets if target.packs]
 
 
+def _packed_targets(model: nn.Module, selection: Selection) -> list[Target]:
+    """Return what becomes packed: every linear target, and the stacks of experts that can be."""
+    stacks, _ = packable_experts(model, selection)
+    return _linear_targets(selection) + [target for targets in stacks.values() for target in targets]
+
+
 def _check_2to4(model: nn.Module, selection: Selection) -> None:
-    target = find_violating(model, Selection(tuple(_linear_targets(selection))))
+    target = find_violating(model, Selection(tuple(_packed_targets(model, selection))))
     if target is not None:
         raise ValueError(
             f"Packing needs 2:4 weights; some groups of {target.name} hold more than two nonzeros. "
@@ -159,22 +172,24 @@ def _check_2to4(model: nn.Module, selection: Selection) -> None:
 
 
 def _check_packable(model: nn.Module, selection: Selection, quantization: str | None) -> None:
-    """Raise before anything is changed when a linear target has no packed form."""
-    linear = _linear_targets(selection)
-    if not linear:
-        reasons = "; ".join(sorted({matrix.reason for matrix in selection.skipped})) or "no linear projection found"
+    """Raise before anything is changed when a target has no packed form."""
+    linear, packed = _linear_targets(selection), _packed_targets(model, selection)
+    if not packed:
+        _, left = packable_experts(model, selection)
+        reasons = {matrix.reason for matrix in selection.skipped} | set(left.values())
+        reasons = "; ".join(sorted(reasons)) or "no linear projection found"
         raise ValueError(f"Nothing to pack in {type(model).__name__}: {reasons}.")
     _check_tied(model, {target.module_name for target in linear})
-    for target in linear:
-        module = model.get_submodule(target.module_name)
-        check_present(module.weight, target.name)
-        if is_sharded(module.weight):
+    for target in packed:
+        weight = getattr(model.get_submodule(target.module_name), target.parameter)
+        check_present(weight, target.name)
+        if is_sharded(weight):
             raise ValueError(
                 f"Packed layers are not sharded, and {target.name} is, over processes. Save the model as it is "
                 "(pack=False), load it without distributed_config, and pack it then."
             )
-        check_finite(module.weight, target.name)
-        check_value_dtype(module.weight.dtype, target.name)
+        check_finite(weight, target.name)
+        check_value_dtype(weight.dtype, target.name)
     if quantization == "fp8":
         _refuse_casts_to_fp8(model, linear)
     if quantization is not None:
@@ -259,6 +274,19 @@ def _replace_targets(
             _replace(places.pop(modules[-1]), modules.pop(), packed)
     _share_inputs(model)
     return len(linear)
+
+
+def _replace_experts(
+    model: nn.Module, selection: Selection, make: Callable[[Tensor, Target], Sparse24Experts], title: str
+) -> int:
+    """Put packed stacks in the place of the experts that can be packed; return how many stacks."""
+    stacks, left = packable_experts(model, selection)
+    for reason in dict.fromkeys(left.values()):
+        logger.warning_once(f"Experts stay dense tensors with zeros: {reason}.")
+    for name, targets in logging.tqdm(stacks.items(), desc=title, unit="layer", leave=False, disable=not stacks):
+        module, by_name = model.get_submodule(name), {target.parameter: target for target in targets}
+        pack_experts_(module, lambda key, m=module, t=by_name: make(getattr(m, key), t[key]))
+    return sum(map(len, stacks.values()))
 
 
 def _share_inputs(model: nn.Module) -> None:

@@ -48,6 +48,11 @@ class PackedWeight(NamedTuple):
     weight_indices: Tensor
     weight_scale: Tensor | None = None
 
+    def of_expert(self, expert: int) -> "PackedWeight":
+        """Return the packed weight (N, K/2) of one expert of a stack, a view."""
+        scale = None if self.weight_scale is None else self.weight_scale[expert]
+        return PackedWeight(self.weight[expert], self.weight_indices[expert], scale)
+
 
 def indices_width(in_features: int) -> int:
     """Return how many bytes hold the indices of one row."""

@@ -18,7 +18,7 @@ from hf_sparse24.calibration.text import calibration_batches
 from hf_sparse24.config import CALIBRATED_METHODS, Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense, record_of
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import PackedModule
 from hf_sparse24.pattern import check_finite, check_present, find_violations, prune_into
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
@@ -187,7 +187,7 @@ def prune_selected_(model: nn.Module, selection: Selection, method: str, in_plac
 
 def refuse_packed_layers(model: nn.Module) -> None:
     """Raise `ValueError` when a model has packed layers: pruning or packing the rest would leave two kinds in one."""
-    packed = [name for name, module in model.named_modules() if isinstance(module, Sparse24Linear)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedModule)]
     if packed:
         raise ValueError(
             f"{type(model).__name__} has {len(packed)} packed 2:4 layers already, {packed[0] or 'itself'} for one. "

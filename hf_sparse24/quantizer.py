@@ -10,6 +10,7 @@ The only module that knows transformers' loading internals; it works with transf
   checkpoint's keys are then simply theirs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,20 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_sparse24.capability import check_backend
-from hf_sparse24.checkpoint import check_packed_files, packed_and_dense
+from hf_sparse24.checkpoint import check_packed_files, contents_of
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
-from hf_sparse24.identity import declare_dense, declare_packed, keep_module_names
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.identity import (
+    declare_dense,
+    declare_packed,
+    keep_module_names,
+    packed_names,
+    without_merges,
+)
+from hf_sparse24.nn import PackedModule, Sparse24Linear
 from hf_sparse24.pack import make_packed_skeleton_, merge_tied_, pack_selected_, unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
-from hf_sparse24.selection import Selection, select
+from hf_sparse24.selection import Selection, Skipped, Target, select
 from hf_sparse24.shards import is_sharded
 
 
@@ -34,6 +41,7 @@ class Sparse24HfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: Sparse24Config
+    packed_names: Sequence[str] = ()
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse, before anything is loaded, what cannot work.
@@ -64,6 +72,7 @@ class Sparse24HfQuantizer(HfQuantizer):
             if readable:
                 selection = _as_in_files(model, selection, files)
             made = make_packed_skeleton_(model, selection, config.quantization, config.backend)
+            self.packed_names = packed_names(model)
             tied = _tie_packed_tensors(model)
             if readable:
                 check_packed_files(files, config.quantization, made - tied)
@@ -126,12 +135,17 @@ class Sparse24HfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Refuse to save packed layers that something has sharded since; else leave all to transformers."""
         for name, module in model.named_modules():
-            if isinstance(module, Sparse24Linear) and any(map(is_sharded, module.parameters(recurse=False))):
+            if isinstance(module, PackedModule) and any(map(is_sharded, module.parameters(recurse=False))):
                 raise ValueError(
                     f"{name} is packed and sharded over processes, and packed models are saved whole. Save it before "
                     "it is sharded, or shard one that is not packed (unpack_)."
                 )
         return None, {}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Read packed layers as they are: for some models dense ones are merged or transposed on the way in."""
+        conversions = super().update_weight_conversions(weight_conversions, *model)
+        return without_merges(conversions, self.packed_names)
 
     def is_serializable(self) -> bool:
         """A packed model is saved as plain tensors."""
@@ -153,22 +167,29 @@ def _as_in_files(model: PreTrainedModel, selection: Selection, files: list[str])
 
     Where the names in the files are not the model's, or something is missing in them, the selection is left as it is.
     """
-    packed, dense = packed_and_dense(files)
-    prefix, ties = model.base_model_prefix, _tied_modules(model)
+    contents = contents_of(files)
+    if not contents.stacks:  # before experts could be packed, they were saved as dense tensors with zeros
+        selection = Selection(tuple(matrix for matrix in selection.matrices if not _is_stack(matrix)))
+    packed, prefix, ties = contents.layers | contents.stacks, model.base_model_prefix, _tied_modules(model)
 
     def in_the_file(name: str) -> tuple[str, str, str]:
         name = ties.get(name, name)
         return name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")
 
-    def is_dense(name: str) -> bool:
-        shape = tuple(model.get_submodule(name).weight.shape)
-        return any((known, shape) in dense for known in in_the_file(name))
+    def is_dense(target: Target) -> bool:
+        shape = tuple(getattr(model.get_submodule(target.module_name), target.parameter).shape)
+        return any((known, shape) in contents.weights for known in in_the_file(target.name))
 
-    found = frozenset(name for name, _ in model.named_modules() if not packed.isdisjoint(in_the_file(name)))
-    left = [target.name for target in selection.targets if target.packs and target.name not in found]
+    names = {name for name, _ in model.named_modules()} | {matrix.name for matrix in selection.matrices}
+    found = frozenset(name for name in names if not packed.isdisjoint(in_the_file(name)))
+    left = [target for target in selection.targets if target.read_by is None and target.name not in found]
     if len(found - ties.keys()) != len(packed) or not all(map(is_dense, left)):
         return selection
     return select(model, found, strict=False)
+
+
+def _is_stack(matrix: Target | Skipped) -> bool:
+    return isinstance(matrix, Target) and matrix.is_expert_stack
 
 
 def _tied_modules(model: PreTrainedModel) -> dict[str, str]:
@@ -197,7 +218,7 @@ def _finish_reading(model: PreTrainedModel) -> None:
     """Restore dtypes and freezing that the loader does not know of, and verify every packed layer."""
     merge_tied_(model)
     for name, module in model.named_modules():
-        if not isinstance(module, Sparse24Linear):
+        if not isinstance(module, PackedModule):
             _check_dense(name, module)
             continue
         for key in ("weight", "weight_indices", "weight_scale"):

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse24.identity import record_of
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import PackedModule
+from hf_sparse24.nn.mixture import packable_experts
 from hf_sparse24.packing import dtype_name
 from hf_sparse24.pattern import Violations, check_present, density, find_violations
 from hf_sparse24.roles import role_of
@@ -30,7 +32,8 @@ class SparsityRow:
     Attributes:
         name (`str`): path of the module, or of the parameter where a module holds several.
         role (`str`, *optional*): q, k, v, o, gate, up, down ...; None outside attention and feed-forward.
-        shape (`tuple[int, ...]`): of the dense weight, (out, in) or (experts, ...) as stored.
+        shape (`tuple[int, ...]`): of the dense weight, (out, in); of experts (experts, out, in), or as a dense stack
+            has it.
         dtype (`str`): of the stored values.
         state (`str`): `"packed"`, `"pruned"` (2:4, stored dense) or `"dense"`.
         density (`float`): share of nonzeros.
@@ -120,11 +123,13 @@ def sparsity_report(
         modules_to_not_convert or record.get("modules_to_not_convert"),
         strict=False,
     )
-    rows = []
+    rows, (_, left) = [], packable_experts(model, selection)
     for matrix in selection.matrices:
         module = model.get_submodule(matrix.module_name)
-        row = _packed_row(matrix.name, module) if isinstance(module, Sparse24Linear) else _dense_row(matrix, module)
-        rows.append(row)
+        if isinstance(module, PackedModule):
+            rows.append(_packed_row(matrix.name, module))
+        else:
+            rows.append(_dense_row(matrix, module, left.get(matrix.name)))
     return SparsityReport(tuple(rows), _notes(record.get("calibration", {})))
 
 
@@ -199,23 +204,23 @@ def _notes(calibration: dict[str, Any]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _packed_row(name: str, module: Sparse24Linear) -> SparsityRow:
+def _packed_row(name: str, module: PackedModule) -> SparsityRow:
     check_present(module.weight, name)
     tensors = [tensor for tensor in module.packed if tensor is not None]
     return SparsityRow(
         name=name,
         role=role_of(name),
-        shape=(module.out_features, module.in_features),
+        shape=module.dense_shape,
         dtype=dtype_name(module.weight.dtype),
         state="packed",
         density=density(module.weight) / 2,
         violating_groups=0,
-        bytes_dense=module.out_features * module.in_features * module.dense_dtype.itemsize,
+        bytes_dense=math.prod(module.dense_shape) * module.dense_dtype.itemsize,
         bytes_stored=sum(tensor.nbytes for tensor in tensors),
     )
 
 
-def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
+def _dense_row(matrix: Target | Skipped, module: nn.Module, never_packed: str | None) -> SparsityRow:
     check_present(getattr(module, matrix.parameter), matrix.name)
     weight = whole(getattr(module, matrix.parameter))
     violations = find_violations(weight, matrix.dim) if isinstance(matrix, Target) else None
@@ -230,18 +235,18 @@ def _dense_row(matrix: Target | Skipped, module: nn.Module) -> SparsityRow:
         violating_groups=None if violations is None else violations.count,
         bytes_dense=weight.nbytes,
         bytes_stored=weight.nbytes,
-        reason=_reason(matrix, violations),
+        reason=_reason(matrix, violations, never_packed),
     )
 
 
-def _reason(matrix: Target | Skipped, violations: Violations | None) -> str | None:
+def _reason(matrix: Target | Skipped, violations: Violations | None, never_packed: str | None) -> str | None:
     if isinstance(matrix, Skipped):
         return matrix.reason
     if violations is not None and violations.count:
         return f"not 2:4 in {violations.count} of {violations.groups} groups"
     if matrix.read_by is not None:
         return f"read directly by {matrix.read_by}"
-    return "fused experts have no packed layer" if matrix.is_expert_stack else None
+    return never_packed
 
 
 def _megabytes(size: int) -> str:

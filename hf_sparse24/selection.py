@@ -22,6 +22,7 @@ from hf_sparse24.roles import is_router, path_inside_layer, role_of
 _SAME_AS_LINEAR = ("FalconLinear",)  # has a forward of its own, which computes what nn.Linear's does
 _TRANSPOSED = ("Llama4TextExperts", "AriaGroupedExpertsGemm")
 _READS_WEIGHTS = ("MultiheadAttention", "WavLMAttention")  # hand the weights of their projections to a function
+_BESIDE_VALUES = ("weight_indices", "weight_scale")  # in a packed layer
 
 
 class Target(NamedTuple):
@@ -134,16 +135,16 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, str, Tens
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or "bias" in key or key == "weight_indices" or id(parameter) in seen:
+            if parameter.ndim < 2 or "bias" in key or key in _BESIDE_VALUES or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            linear = key == "weight" and not _is_expert_stack(module_name, parameter)
+            linear = key == "weight" and not _is_expert_stack(module, module_name, parameter)
             name = module_name.removesuffix(".base_layer") if linear else f"{module_name}.{key}".lstrip(".")
             yield name, module_name, module, key, parameter
 
 
-def _is_expert_stack(name: str, weight: Tensor) -> bool:
-    return weight.ndim == 3 and "experts" in name.split(".")
+def _is_expert_stack(module: nn.Module, name: str, weight: Tensor) -> bool:
+    return weight.ndim == 3 and "experts" in name.split(".") and not hasattr(module, "weight_indices")
 
 
 def _read_by(model: nn.Module, name: str) -> str | None:
@@ -173,7 +174,8 @@ def _intrinsic_reason(model: nn.Module, name: str, module: nn.Module, weight: Te
     if hasattr(module, "weight_indices"):
         return "already packed"
     # nn.MultiheadAttention has the weights of its q, k and v in one matrix of its own.
-    if not isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention) and not _is_expert_stack(name, weight):
+    is_linear = isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention)
+    if not is_linear and not _is_expert_stack(module, name, weight):
         return "not a linear projection"
     if isinstance(module, nn.Linear) and not _computes_as_linear(module):
         return "a linear layer with a forward of its own"

@@ -70,6 +70,19 @@ FAMILIES = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", EXPERTS),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", EXPERTS),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        EXPERTS
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+        | {"qk_rope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        EXPERTS | {"num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+    ),
 }
 
 SWIN = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 4, "image_size": 64}
@@ -98,6 +111,14 @@ ODD_FAMILIES = {
         "LongT5Config",
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
         | {"tie_word_embeddings": False},
+    ),
+    "longcat_flash": (
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        GROUPED
+        | {"num_layers": 1, "num_key_value_heads": 4, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16}
+        | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
+        | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     ),
     "seamless_m4t": (
         "SeamlessM4TForTextToText",

@@ -8,7 +8,9 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
-from hf_sparse24 import Sparse24Linear, pack_, prune_
+from hf_sparse24 import pack_, prune_
+from hf_sparse24.nn import PackedModule
+from hf_sparse24.nn.mixture import packable_experts
 from hf_sparse24.selection import select
 from tests import tiny
 from tests.test_from_pretrained import assert_same_model, digests
@@ -57,8 +59,8 @@ NOT_GENERATED = {
     "qwen3_omni_moe_thinker": "asks for images",
 }
 
-# float32, weights of 0.02: a Conv1D's addmm and FalconLinear's matmul with a transposed view sum in another order than
-# F.linear, over two layers. All others run the same torch call.
+# float32, weights of 0.02: a Conv1D's addmm, FalconLinear's matmul with a transposed view and a product with a stack
+# of experts sum in another order than F.linear, over two layers. All others run the same torch call.
 TOLERANCE = 1e-5
 
 
@@ -141,8 +143,11 @@ def test_round_trip_in_int8(model_type, tmp_path, magnitude):
     assert_same(outputs(made), outputs(read))
     read.save_pretrained(tmp_path / "again")
     assert digests(tmp_path / "packed") == digests(tmp_path / "again")
-    linear = [target for target in select(dense).targets if target.packs]
-    assert sum(isinstance(module, Sparse24Linear) for module in read.modules()) == len(linear)
+    selection = select(dense)
+    _, left = packable_experts(dense, selection)
+    assert not left
+    packed = [target for target in selection.targets if target.packs or target.is_expert_stack]
+    assert sum(isinstance(module, PackedModule) for module in read.modules()) == len(packed)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])

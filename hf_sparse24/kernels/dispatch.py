@@ -173,6 +173,11 @@ def choose(tokens: int, dtype: torch.dtype, weight: Tensor, metadata: Tensor | N
     return "reference"
 
 
+def keeps_16_bits(tokens: int, weight: Tensor) -> bool:
+    """Tell whether the package's own kernel, where it runs a product, takes the activations as they are."""
+    return tokens <= FEW_TOKENS[weight.dtype] or not takes_quantized(weight.dtype, 2 * weight.shape[1])
+
+
 def _most_own_tokens(weight: Tensor) -> int:
     """Return up to how many tokens the package's own kernel runs where a library could."""
     few = FEW_TOKENS[weight.dtype]
@@ -233,9 +238,7 @@ def linear(
     _check_features(input, weight)
     tokens = input.numel() // input.shape[-1]
     kernel = choose(tokens, input.dtype, weight, weight_metadata, backend)
-    if kernel == "nvrtc" and (
-        tokens <= FEW_TOKENS[weight.dtype] or not takes_quantized(weight.dtype, input.shape[-1])
-    ):
+    if kernel == "nvrtc" and keeps_16_bits(tokens, weight):
         return few_tokens_linear(input, weight, weight_indices, weight_scale, bias)
     if kernel == "reference":
         return reference.linear(input, weight, weight_indices, weight_scale, bias)

@@ -11,6 +11,7 @@ does, in time and in memory. The memory comes on top of the packed weight, and t
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.utils import logging
 
-import hf_sparse24.kernels.ops  # noqa: F401  (defines the operators that are implemented here)
+from hf_sparse24.kernels.ops import check_experts  # the module defines the operators that are implemented here
 from hf_sparse24.packing import quantize_tokens, scatter_values
 
 logger = logging.get_logger(__name__)
@@ -71,13 +72,67 @@ def scaled_linear(
     backend: str = "auto",
 ) -> Tensor:
     """Return (input @ unpacked(weight).T) * weight_scale * input_scale + bias in `out_dtype`."""
-    rows = input.reshape(-1, input.shape[-1])
+    dense = unpacked_once(weight, weight_indices, _dtype_of_sums(weight, out_dtype))
+    return _scaled_product(input, input_scale, dense, weight_scale, bias, out_dtype)
+
+
+def experts_linear(
+    input: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    weight_indices: Tensor,
+    weight_scale: Tensor | None,
+    bias: Tensor | None,
+    weight_metadata: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return `linear` for the rows of each expert; the contract is in `kernels.ops`."""
+    check_experts(input, offsets, weight, weight_scale)
+    result = input.new_zeros(input.shape[0], weight.shape[1])
+    if weight_scale is None:
+        dense = unpacked_once(weight, weight_indices, weight.dtype)
+        for expert, rows in rows_of_experts(offsets):
+            result[rows] = F.linear(input[rows], dense[expert], None if bias is None else bias[expert])
+        return result
+    quantized, scale = quantize_per_token(input, weight.dtype)
+    dense = unpacked_once(weight, weight_indices, _dtype_of_sums(weight, input.dtype))
+    for expert, rows in rows_of_experts(offsets):
+        of_expert = (dense[expert], weight_scale[expert], None if bias is None else bias[expert])
+        result[rows] = _scaled_product(quantized[rows], scale[rows], *of_expert, input.dtype)
+    return result
+
+
+def rows_of_experts(offsets: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert that has rows, and which: those up to its offset that the experts before it do not have."""
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield expert, slice(start, end)
+        start = end
+
+
+def _dtype_of_sums(weight: Tensor, out_dtype: torch.dtype) -> torch.dtype:
+    """Return in which dtype the dense form of 8-bit values is multiplied."""
     if weight.dtype == torch.int8:
-        product = integer_matmul(rows, unpacked_once(weight, weight_indices, torch.int8)).float()
+        return torch.int8
+    return torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
+
+
+def _scaled_product(
+    input: Tensor,
+    input_scale: Tensor | None,
+    dense: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return (input @ dense.T) * weight_scale * input_scale + bias, of a dense weight as `_dtype_of_sums` has it."""
+    rows = input.reshape(-1, input.shape[-1])
+    if dense.dtype == torch.int8:
+        product = integer_matmul(rows, dense).float()
     else:
-        compute = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32
-        product = F.linear(rows.to(compute), unpacked_once(weight, weight_indices, compute)).float()
-    scaled = product.mul_(weight_scale).view(*input.shape[:-1], weight.shape[0])
+        product = F.linear(rows.to(dense.dtype), dense).float()
+    scaled = product.mul_(weight_scale).view(*input.shape[:-1], dense.shape[0])
     scaled = scaled if input_scale is None else scaled.mul_(input_scale)
     return (scaled if bias is None else scaled.add_(bias)).to(out_dtype)
 
@@ -100,7 +155,7 @@ def _cpu_sums_int8_exactly() -> bool:
 
 
 def unpacked_once(weight: Tensor, weight_indices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the dense (N, K) form of packed values in `dtype`, from memory when neither tensor was written to.
+    """Return the dense (..., N, K) form of packed values in `dtype`, from memory when neither tensor was written to.
 
     Writes are seen by torch's count of them; what writes through `.data` is not counted. Tensors made in inference
     mode have no count, and are unpacked at every call.
@@ -137,12 +192,47 @@ def _input_gradient(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: AN
     bias_gradient = (grad.flatten(0, -2).sum(0) if grad.ndim > 1 else grad) if needs_bias else None
     if not needs_input:
         return None, None, None, None, bias_gradient, None, None
-    dense = scatter_values(weight, weight_indices).to(grad.dtype)
-    if weight_scale is not None:
-        dense = dense * weight_scale.unsqueeze(-1).to(grad.dtype)
+    dense = _dequantized(weight, weight_indices, weight_scale, grad.dtype)
     return grad @ dense, None, None, None, bias_gradient, None, None
 
 
-for _operator in (linear, quantize_per_token, scaled_linear):
+def _dequantized(weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    dense = scatter_values(weight, weight_indices).to(dtype)
+    return dense if weight_scale is None else dense * weight_scale.unsqueeze(-1).to(dtype)
+
+
+def experts_linear_backward(
+    grad: Tensor, offsets: Tensor, weight: Tensor, weight_indices: Tensor, weight_scale: Tensor | None
+) -> Tensor:
+    """Return the gradient (S, K) of the input of `experts_linear`, through one expert at a time."""
+    result = grad.new_zeros(grad.shape[0], 2 * weight.shape[2])
+    for expert, rows in rows_of_experts(offsets):
+        scale = None if weight_scale is None else weight_scale[expert]
+        result[rows] = grad[rows] @ _dequantized(weight[expert], weight_indices[expert], scale, grad.dtype)
+    return result
+
+
+def _remember_experts(ctx, inputs, output) -> None:  # noqa: ANN001
+    ctx.save_for_backward(*inputs[1:5])
+
+
+def _gradients_of_experts(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    """As `_input_gradient`; the bias of an expert has the gradients of its rows."""
+    offsets, weight, weight_indices, weight_scale = ctx.saved_tensors
+    input_gradient = bias_gradient = None
+    if ctx.needs_input_grad[5]:
+        rows = torch.arange(grad.shape[0], device=grad.device)
+        # Rows behind the last offset belong to nobody: they go to one expert more, which is dropped.
+        expert = torch.searchsorted(offsets.to(grad.device), rows, right=True)
+        bias_gradient = grad.new_zeros(weight.shape[0] + 1, grad.shape[1]).index_add(0, expert, grad)[:-1]
+    if ctx.needs_input_grad[0]:
+        input_gradient = torch.ops.hf_sparse24.experts_linear_backward(
+            grad, offsets, weight, weight_indices, weight_scale
+        )
+    return input_gradient, None, None, None, None, bias_gradient, None, None
+
+
+for _operator in (linear, quantize_per_token, scaled_linear, experts_linear, experts_linear_backward):
     torch.library.register_kernel(f"hf_sparse24::{_operator.__name__}", None, _operator)
 torch.library.register_autograd("hf_sparse24::linear", _input_gradient, setup_context=_remember_operands)
+torch.library.register_autograd("hf_sparse24::experts_linear", _gradients_of_experts, setup_context=_remember_experts)

@@ -1,38 +1,23 @@
-"""`Sparse24Linear`: a linear layer whose state is a packed 2:4 weight (format 1, see `hf_sparse24.packing`).
+"""`Sparse24Linear`: a linear layer whose state is a packed 2:4 weight.
 
-A module with plain tensors as its state rather than a tensor subclass: saving, sharding, offload, `deepcopy`,
-`torch.compile` and PEFT need nothing special. It is an `nn.Linear` so that code which looks for linear layers finds
-it, but its `weight` holds the kept values only, at half the width.
-
-On a GPU a library reads the weight in its own form (`kernels.dispatch.prepare`): `weight` becomes a view of the
-library's buffer, and `weight_metadata`, which is never saved, stands in place of the indices.
+It is an `nn.Linear` so that code which looks for linear layers finds it, but its `weight` holds the kept values only,
+at half the width.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse24.capability import check_backend
 from hf_sparse24.kernels import dispatch
+from hf_sparse24.nn.packed import PackedModule, initialized
 from hf_sparse24.nn.shared_input import SharedInput
-from hf_sparse24.packing import (
-    QUANTIZED_DTYPES,
-    PackedWeight,
-    check_packed,
-    check_value_dtype,
-    indices_width,
-    pack_weight,
-    quantize_tokens,
-    unpack_weight,
-)
-from hf_sparse24.pattern import bits_of, check_finite, check_in_features, check_present
+from hf_sparse24.packing import pack_weight, quantize_tokens, unpack_weight
+from hf_sparse24.pattern import check_finite, check_present
 
 
-class Sparse24Linear(nn.Linear):
+class Sparse24Linear(PackedModule, nn.Linear):
     """y = x W^T + b with W packed 2:4, optionally with W and x in 8 bits (W8A8).
 
     Args:
@@ -62,26 +47,8 @@ class Sparse24Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # nn.Linear's would allocate the dense weight
-        check_in_features(in_features, type(self).__name__)
-        if quantization is not None and quantization not in QUANTIZED_DTYPES:
-            raise ValueError(f"quantization must be None or one of {sorted(QUANTIZED_DTYPES)}; got {quantization!r}.")
-        self.in_features, self.out_features = in_features, out_features
-        self.quantization = quantization
-        check_backend(backend)
-        self.backend = backend
-        self._model_dtype = dtype or torch.get_default_dtype()
+        super().__init__((out_features, in_features), quantization, backend, device, dtype)
         self.source_class: type[nn.Module] = nn.Linear
-        value_dtype = QUANTIZED_DTYPES[quantization] if quantization else self._model_dtype
-        self.weight = _frozen(torch.empty(out_features, in_features // 2, dtype=value_dtype, device=device))
-        self.weight_indices = _frozen(
-            torch.empty(out_features, indices_width(in_features), dtype=torch.uint8, device=device)
-        )
-        scale = torch.empty(out_features, dtype=torch.float32, device=device) if quantization else None
-        self.register_parameter("weight_scale", None if scale is None else _frozen(scale))
-        self.register_buffer("weight_metadata", None, persistent=False)
-        self._prepared: tuple[int, ...] | None = None  # the state of the weight that the metadata belong to
-        self._few_tokens = self._few_quantized_tokens = 0
         self._quantize: dispatch.Quantize | None = None
         self.register_parameter("bias", None)
         if bias:
@@ -133,9 +100,7 @@ class Sparse24Linear(nn.Linear):
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be unpacked once
             packed = pack_weight(weight, quantization, name)
             result = cls.like(linear, quantization, backend, device="meta")
-            result.weight = _initialized(_frozen(packed.weight))
-            result.weight_indices = _initialized(_frozen(packed.weight_indices))
-            result.weight_scale = None if packed.weight_scale is None else _initialized(_frozen(packed.weight_scale))
+            result.hold_(packed)
         if linear.bias is not None:
             result.bias = linear.bias
         result.prepare_()
@@ -147,31 +112,13 @@ class Sparse24Linear(nn.Linear):
         if self.source_class is Conv1D:
             with torch.device("meta"):
                 dense: nn.Module = Conv1D(self.out_features, self.in_features)
-            dense.weight = _initialized(nn.Parameter(weight.t().contiguous()))
+            dense.weight = initialized(nn.Parameter(weight.t().contiguous()))
         else:
             dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-            dense.weight = _initialized(nn.Parameter(weight))
+            dense.weight = initialized(nn.Parameter(weight))
         if self.bias is not None:
-            dense.bias = _initialized(nn.Parameter(self.bias.detach()))
+            dense.bias = initialized(nn.Parameter(self.bias.detach()))
         return dense.train(self.training)
-
-    @property
-    def dense_dtype(self) -> torch.dtype:
-        """The dtype of the dense weight: that of the values, or with 8 bits that of the model."""
-        return self.weight.dtype if self.quantization is None else self._model_dtype
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight as the three tensors of format 1."""
-        return PackedWeight(self.weight, self.weight_indices, self.weight_scale)
-
-    def check(self, name: str) -> None:
-        """Raise `ValueError` when the state, as read from a file, is not format 1 (see `packing.check_packed`)."""
-        check_packed(self.packed, (self.out_features, self.in_features), name)
-
-    def reset_parameters(self) -> None:
-        """Refuse: a packed layer is read from a checkpoint or made by `from_linear`, never initialized at random."""
-        raise RuntimeError("Sparse24Linear has no random initialization; load a packed checkpoint or use from_linear.")
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to `input` (..., K) in float32, float16 or bfloat16, and return (..., N) in that dtype."""
@@ -243,80 +190,9 @@ class Sparse24Linear(nn.Linear):
         """Quantize inputs together with siblings that are called with the same tensor, as one of them by number."""
         self._quantize = functools.partial(shared.quantize, number)
 
-    @torch.no_grad()
-    def prepare_(self) -> None:
-        """Make what the kernels of the weight's device read in place of the indices; on a CPU that is nothing.
-
-        Loading, packing and moving call it, and a forward where the weight was written to since.
-
-        Raises:
-            `ValueError`: the backend that was named does not take this weight.
-        """
-        self.weight_metadata, self._prepared = None, None
-        if not self.weight.is_cuda:
-            return
-        with torch.inference_mode(False):
-            prepared = dispatch.prepare(self.packed, self.backend)
-        self.weight.data, self.weight_metadata = prepared.weight, prepared.metadata
-        self._few_tokens, self._few_quantized_tokens = prepared.few_tokens, prepared.few_quantized_tokens
-        self._prepared = self._state()
-
-    def _current_metadata(self) -> Tensor | None:
-        """Return the metadata, made anew where the weight is not the one that they were made from."""
-        if torch.compiler.is_compiling() or not self._parameters["weight"].is_cuda:
-            return self.weight_metadata
-        if self._is_offloaded():  # the weight is here for this call only
-            self.weight_metadata, self._prepared = None, None
-            dispatch.check_without_metadata(self.backend)
-        elif self._prepared != self._state():
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "A packed weight was replaced, and its metadata cannot be made while a CUDA graph is captured. "
-                    "Run the model once before."
-                )
-            self.prepare_()
-        return self._buffers["weight_metadata"]
-
-    def _is_offloaded(self) -> bool:
-        """Whether accelerate brings the weight for each call, by a hook or one of several."""
-        hook = self.__dict__.get("_hf_hook")
-        parts = () if hook is None else (hook, *getattr(hook, "hooks", ()))
-        return any(getattr(part, "offload", False) for part in parts)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the metadata of a copy, or of what was unpickled: they have to follow the weight in memory."""
-        super().__setstate__(state)
-        self.prepare_()
-
-    def _state(self) -> tuple[int, ...]:
-        weight, indices = self._parameters["weight"], self._parameters["weight_indices"]
-        return weight.data_ptr(), indices.data_ptr(), 0 if indices.is_inference() else indices._version
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Make the metadata of what was loaded at once: compiled code does not look."""
-        super()._load_from_state_dict(*args)
-        self.prepare_()
-
     def extra_repr(self) -> str:
         """Describe the layer as nn.Linear does, and its quantization."""
         return f"{super().extra_repr()}, quantization={self.quantization}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sparse24Linear":
-        """Move, but never cast, 8-bit values and their scales: `.to(dtype)` sees their bits."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            if self.quantization is not None and (tensor is self.weight or tensor is self.weight_scale):
-                return fn(bits_of(tensor)).view(tensor.dtype)
-            result = fn(tensor)
-            if tensor is self.weight:
-                check_value_dtype(result.dtype, "what this layer is cast to")
-            return result
-
-        self.weight_metadata, self._prepared = None, None
-        super()._apply(moved, recurse)
-        self._model_dtype = fn(torch.empty(0, dtype=self._model_dtype, device=self.weight.device)).dtype
-        self.prepare_()
-        return self
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
@@ -328,13 +204,3 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def _check_linear(linear: nn.Module) -> None:
     if isinstance(linear, Sparse24Linear) or not isinstance(linear, nn.Linear | Conv1D):
         raise TypeError(f"Packing needs an nn.Linear or a transformers Conv1D; got {type(linear).__name__}.")
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _initialized(parameter: nn.Parameter) -> nn.Parameter:
-    """Tell transformers' weight initialization, which knows nn.Linear, that this one has its values."""
-    parameter._is_hf_initialized = True
-    return parameter

@@ -13,10 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_sparse24 import pack_, prune_, set_backend_
 from hf_sparse24.kernels import decode, dispatch
 from hf_sparse24.kernels.dispatch import FEW_QUANTIZED_TOKENS, FEW_TOKENS, choose
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import Sparse24Experts, Sparse24Linear
 from hf_sparse24.packing import unpack_weight
 from hf_sparse24.pattern import prune_2to4
 from tests.kernels.emulated_device import emulated_device
+
+from .test_experts import experts_of, pack_module_, routed
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which needs no emulation")
 # Relative error of a product: rounding to bfloat16; 8-bit activations of normal numbers on top, see test_ops.
@@ -272,3 +274,102 @@ def test_a_model_packs_runs_and_changes_its_backend(device, monkeypatch, magnitu
         assert len(device.problems) == 7
         with pytest.raises(ValueError, match=r"backend='cutlass' does not take model\.layers\.0\.self_attn\.q_proj"):
             set_backend_(model, "cutlass")
+
+
+class TestExperts:
+    """A stack of experts takes the way of a layer for each expert that has tokens."""
+
+    OFFSETS = torch.tensor([1, 1, 74, 80])  # 1, 0, 73 and 6 rows
+
+    def stack(self, quantization, backend="auto", rows=128, columns=192, dtype=torch.bfloat16):
+        dense = prune_2to4(torch.randn(4, rows, columns).to(dtype))
+        return Sparse24Experts.from_stack(dense, quantization=quantization, backend=backend)
+
+    def assert_right(self, stack, x, bias=None, offsets=OFFSETS):
+        exact, start = torch.zeros(len(x), stack.out_features, dtype=torch.float64), 0
+        for expert, end in enumerate(offsets.tolist()):
+            weight = unpack_weight(stack.packed.of_expert(expert)).double()
+            exact[start:end] = nn.functional.linear(
+                x[start:end].double(), weight, None if bias is None else bias[expert].double()
+            )
+            start = end
+        result = stack(x, offsets, bias)
+        assert (result.dtype, result.shape) == (x.dtype, exact.shape)
+        assert (result.double() - exact).norm() <= ERROR[stack.quantization] * exact.norm()
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_each_expert_takes_the_kernel_for_its_tokens(self, quantization, bias, device):
+        stack, x = self.stack(quantization), torch.randn(82, 192).bfloat16()  # two rows are nobody's
+        self.assert_right(stack, x, torch.randn(4, 128).bfloat16() if bias else None)
+        if quantization != "fp8":  # which is torchao's
+            assert [problem.tokens for problem in device.problems] == [80]  # 73, in rows of 16
+        self.assert_right(stack, x[:0], offsets=torch.zeros(4, dtype=torch.long))
+
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_every_backend(self, quantization, device):
+        for backend in BACKENDS[quantization]:
+            self.assert_right(self.stack(quantization, backend), torch.randn(80, 192).bfloat16())
+
+    @pytest.mark.parametrize("quantization", [None, "int8"])
+    def test_values_and_metadata_are_stored_once(self, quantization, device):
+        packed = self.stack(quantization)
+        for stack in (packed, copy.deepcopy(packed), copy.deepcopy(packed).to("cpu")):
+            storage = stack.weight.untyped_storage()
+            assert storage.data_ptr() == stack.weight_metadata.untyped_storage().data_ptr()
+            assert storage.nbytes() == stack.weight.nbytes + stack.weight_metadata.nbytes  # 128 divides both here
+            for weight, metadata in zip(stack.weight, stack.weight_metadata, strict=True):
+                assert metadata.data_ptr() == weight.data_ptr() + weight.nbytes
+            assert torch.equal(stack.weight, packed.weight)
+        assert packed.state_dict().keys() <= {"weight", "weight_indices", "weight_scale"}
+
+    def test_activations_are_quantized_together_and_only_where_needed(self, device, monkeypatch):
+        stack, x = self.stack("int8"), torch.randn(80, 192).bfloat16()
+        calls, quantize = [], dispatch.quantize_per_token
+        monkeypatch.setattr(dispatch, "quantize_per_token", lambda *a: calls.append(len(a[0])) or quantize(*a))
+        stack(x[:20], torch.tensor([5, 10, 15, 20]))
+        assert not calls
+        stack(x, torch.tensor([40, 40, 80, 80]))
+        assert calls == [80]
+        assert [problem.tokens for problem in device.problems] == [48, 48]
+
+    @pytest.mark.parametrize("shape", [(24, 64), (24, 40), (21, 64)])
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_shapes_that_no_library_takes(self, quantization, shape, device):
+        stack = self.stack(quantization, rows=shape[0], columns=shape[1])
+        assert stack.weight_metadata is None
+        # With 21 outputs an expert begins where the kernel cannot read.
+        self.assert_right(stack, torch.randn(80, shape[1]).bfloat16(), torch.randn(4, shape[0]).bfloat16())
+
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_float32_runs_as_the_reference(self, quantization, device):
+        self.assert_right(self.stack(quantization, dtype=torch.float32), torch.randn(80, 192))
+        assert not device.problems
+
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_gradients_of_inputs(self, quantization, device):
+        stack, x = self.stack(quantization), torch.randn(80, 192).bfloat16().requires_grad_()
+        stack(x, self.OFFSETS).float().sum().backward()
+        rows = unpack_weight(stack.packed).double().sum(1)  # a gradient of ones adds the rows of a weight
+        exact = torch.cat([rows[:1], rows[2:3].expand(73, -1), rows[3:].expand(6, -1)])
+        assert (x.grad.double() - exact).norm() <= ERROR[None] * exact.norm()
+
+    @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "llama4_text"])
+    def test_a_mixture(self, model_type, device, monkeypatch):
+        module, input_dim = experts_of(model_type)
+        module.bfloat16()
+        arguments = (torch.randn(4 * 9, 32),) if model_type == "llama4_text" else routed(module)
+        arguments = [part.bfloat16() if part.is_floating_point() else part for part in arguments]
+        with torch.no_grad():
+            expected = module(*arguments)
+            pack_module_(module, input_dim)
+            # Two products and the gate between them are rounded to bfloat16.
+            assert (module(*arguments) - expected).norm() <= 5 * ERROR[None] * expected.norm()
+
+    def test_a_cuda_graph_is_refused(self, device, monkeypatch):
+        module, input_dim = experts_of("mixtral")
+        arguments = routed(module)
+        pack_module_(module, input_dim)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="Run mixtures of packed experts without CUDA graphs"):
+            module(*arguments)
