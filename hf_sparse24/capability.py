@@ -32,7 +32,7 @@ def backend_capability(backend: str) -> Capability:
     |---|---|
     | `cusparselt` | NVIDIA's library, for many tokens: 16 bits, INT8, FP8 |
     | `cutlass` | torchao's FP8 kernel for Hopper, with all scales in its epilogue |
-    | `nvrtc` | this package's kernels for few tokens: 16 bits, weights in 8 bits, or weights and activations in 8 bits |
+    | `nvrtc` | this package's kernels for few tokens: 16 bits, weights in 8 bits, also with activations in 8 bits |
     | `reference` | plain torch |
     """
     if backend not in BACKENDS:
