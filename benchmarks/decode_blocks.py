@@ -55,7 +55,7 @@ def possible_blocks(token_tiles, problem):
         chunks = problem.features // (UNIT * block.units)
         useful = block.stages <= 1 + math.ceil(chunks / (block.teams * block.cluster))
         small = block.row_tiles * token_tiles <= MOST_SUMS and block.row_warps * block.teams in WARPS
-        clusters = block.cluster == 1 or problem.capability >= (9, 0)
+        clusters = block.cluster == 1 or (problem.capability >= (9, 0) and problem.clusters_at_once(block.cluster))
         if useful and small and clusters and problem.takes(block):
             found.append(block)
     return found

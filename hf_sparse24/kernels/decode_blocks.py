@@ -202,8 +202,10 @@ def kinds(token_tiles: int, problem: Problem) -> list[Kind]:
         found = [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
     else:
         found = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(4, 2, 2, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
-    alone = {Kind(*kind[:3], 1): None for kind in found}
-    return [Kind(*kind) for kind in found] if problem.capability >= (9, 0) else list(alone)
+    alone = list({Kind(*kind[:3], 1): None for kind in found})
+    if problem.capability < (9, 0):
+        return alone
+    return [Kind(*kind) for kind in found if problem.clusters_at_once(kind[3])] or alone
 
 
 # By tiles of tokens, for activations in 8 bits: not timed yet. With 4 row tiles a warp reads the tokens half as often,

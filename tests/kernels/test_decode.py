@@ -255,6 +255,12 @@ def test_a_cluster_that_does_not_fit_at_once_is_taken_to_double_up():
     assert -(-4096 // does_not.rows) != 32 or does_not.cluster != 4
 
 
+def test_a_part_of_a_gpu_that_holds_no_cluster_gets_blocks_without():
+    few = Problem(1024, 4096, torch.int8, torch.int8, (9, 0), {1: 2, 2: 1, 4: 0, 8: 0}.__getitem__)
+    for token_tiles in (1, 2, 4, 8, 16):
+        assert tiles(token_tiles, few).cluster <= 2
+
+
 def test_what_the_kernel_does_not_take_is_refused():
     _, packed, _ = operands(1, 16, 1, torch.bfloat16, None, "cpu")
     assert decode_capability(torch.bfloat16, torch.bfloat16, 64).ok

@@ -244,7 +244,7 @@ class TestOnAGpu:
         linear = pruned_linear(512, 256, dtype=torch.bfloat16, device="cuda")
         return Sparse24Linear.from_linear(linear, request.param)
 
-    @pytest.fixture(params=[1, 300])
+    @pytest.fixture(params=[1, 40, 300])
     def x(self, request):
         return torch.randn(request.param, 512, device="cuda").bfloat16()
 
