@@ -96,6 +96,8 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
 
 def _panel(row: Row) -> str:
     if isinstance(row, ProjectionRow):
+        if row.benchmark == "experts":
+            return f"experts, {row.label}"
         merged = "+" in row.label and "+" not in row.shape
         return row.shape if row.benchmark == "gemm" else "layer, siblings merged" if merged else "layer"
     return f"{row.benchmark}, {row.mode}" if isinstance(row, ModelRow) else row.benchmark

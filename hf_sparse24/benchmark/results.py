@@ -35,7 +35,7 @@ class Row:
     """What every row has.
 
     Attributes:
-        benchmark (`str`): gemm, layer, prefill or decode.
+        benchmark (`str`): gemm, layer, experts, prefill or decode.
         candidate (`str`): what was measured, e.g. 2:4-int8; `precision` (bf16, int8, fp8) is that of its products.
         status (`str`): "ok", or why there is no time: "wrong: ..." or "cannot run: ...".
         over_same_precision (`float`, *optional*): how many times as fast as the dense candidate of this precision; for
@@ -55,11 +55,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionRow(Row):
-    """A projection, or all projections of a layer.
+    """A projection, all projections of a layer, or the experts of a layer.
 
     Attributes:
-        shape (`str`): NxK of each projection; those that read one input are joined by "+".
-        label (`str`): their roles in the model, or "".
+        shape (`str`): NxK of each projection; those that read one input are joined by "+". Of experts ExNxK.
+        label (`str`): their roles in the model, or "". Of experts whose they are.
         tokens (`int`): M.
         us, host_us (`float`, *optional*): see `timing.Timing`.
         error (`float`, *optional*): relative L2 error of the worst token against float64.

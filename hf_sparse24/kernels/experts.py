@@ -74,9 +74,10 @@ def experts_linear(
         metadata = None if weight_metadata is None else weight_metadata[expert]
         tokens = rows.stop - rows.start
         kernel = dispatch.choose(tokens, input.dtype, one.weight, metadata, backend)
+        if kernel == "nvrtc":
+            one = PackedWeight(*(None if part is None else _aligned(part) for part in one))
         if kernel == "nvrtc" and dispatch.keeps_16_bits(tokens, one.weight):
-            aligned = (None if part is None else _aligned(part) for part in one)
-            products.append(dispatch.few_tokens_linear(input[rows], *aligned, bias_of_expert))
+            products.append(dispatch.few_tokens_linear(input[rows], *one, bias_of_expert))
         elif one.weight_scale is None:
             products.append(dispatch.linear(input[rows], *one, bias_of_expert, metadata, backend))
         else:
