@@ -2,6 +2,7 @@
 
     python benchmarks/retrain_cost.py [--models smollm2 1b] [--rows NAME ...] [--compile] [--accumulate 4]   # a GPU
     python benchmarks/retrain_cost.py --products [--models ...]     # the products and the packing by themselves
+    accelerate launch --config_file examples/fsdp2.yaml benchmarks/retrain_cost.py --models 1b --rows dense frozen
 
 Random weights in the shapes of SmolLM2-135M and of Llama-3.2-1B, the same random tokens for all, float32 weights with
 bf16 products and fused AdamW. Every row is a training of its own; its time is the median of the steps after the first
@@ -15,6 +16,7 @@ Rows go to results/retrain_cost.json as soon as they are there, in place of thos
 import argparse
 import gc
 import itertools
+import os
 import re
 import statistics
 import tempfile
@@ -60,6 +62,7 @@ ROWS = {
     "dense again": None,
 }
 WARM_UP, PROFILED = 10, 3
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # Kernels by what their names say, the first that matches.
 KINDS = {
     "sparse products": r"sparse|spgemm|spmma|cslt",
@@ -144,8 +147,9 @@ def measure(name, row, extra, options):
     """Return the row of one training."""
     gpu = torch.cuda.is_available()
     model = model_of(name, row, extra, "cuda" if gpu else "cpu")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     steps = options.steps + WARM_UP
-    batch = BATCH[name] * options.accumulate
+    batch = BATCH[name] * options.accumulate * PROCESSES
     window = WINDOW if name != "tiny" else 32
     tokens = torch.randint(0, SHAPES[name]["vocab_size"], (batch * (steps + PROFILED), window))
     data = [{"input_ids": window, "labels": window} for window in tokens]
@@ -176,8 +180,8 @@ def measure(name, row, extra, options):
         trainer.train()
     return {
         "model": name,
-        "row": row + (", compiled" if options.compile else ""),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "row": row + (", compiled" if options.compile else "") + (f", {PROCESSES} GPUs" if PROCESSES > 1 else ""),
+        "parameters": parameters,
         "tokens": batch * window,
         "milliseconds": round(clock.milliseconds(), 2),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if gpu else None,
@@ -241,6 +245,9 @@ def main():
     parser.add_argument("--products", action="store_true", help="time the products of a layer instead")
     options = parser.parse_args()
     logging.disable_progress_bar()
+    first = int(os.environ.get("RANK", "0")) == 0
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     for name in options.models:
         if options.products:
             merge("retrain_products", products(name), ["model", "shape"])
@@ -252,8 +259,9 @@ def main():
             dense.setdefault(bits, facts["milliseconds"] if ROWS[row] is None else None)
             if dense[bits]:
                 facts["of_dense"] = round(facts["milliseconds"] / dense[bits], 3)
-            print({key: value for key, value in facts.items() if key != "longest_kernels"}, flush=True)
-            merge("retrain_cost", [facts | {"conditions": conditions()}], ["model", "row", "tokens"])
+            if first:
+                print({key: value for key, value in facts.items() if key != "longest_kernels"}, flush=True)
+                merge("retrain_cost", [facts | {"conditions": conditions()}], ["model", "row", "tokens"])
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
