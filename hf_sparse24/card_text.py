@@ -44,7 +44,7 @@ _SPEED_COLUMNS = {
     "over_dense_bf16": "x dense bf16",
     "weights_gb": "weights, GB",
 }
-_CONDITIONS = ("device", "note", "driver", "cuda", "torch", "transformers", "torchao", "hf_sparse24", "date")
+_CONDITIONS = ("device", "driver", "cuda", "torch", "transformers", "torchao", "hf_sparse24", "date")
 
 
 def pattern(report: SparsityReport) -> str:
@@ -156,12 +156,9 @@ def _work(row: Row) -> str:
 
 def conditions_line(facts: Mapping[str, str]) -> str:
     """Say on what the rows were measured, and by which command."""
-    said = [
-        facts[key] if key in ("device", "note", "date") else f"{key} {facts[key]}"
-        for key in _CONDITIONS
-        if key in facts
-    ]
-    return ", ".join(said) + (f"; `{facts['command']}`." if "command" in facts else ".")
+    said = [facts[key] if key in ("device", "date") else f"{key} {facts[key]}" for key in _CONDITIONS if key in facts]
+    command = f"; `{facts['command']}`." if "command" in facts else "."
+    return ", ".join(said) + command + (f" Note: {facts['note']}." if "note" in facts else "")
 
 
 def limit_lines(evaluations: Sequence[Evaluation], packed: bool) -> list[str]:

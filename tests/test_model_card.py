@@ -81,6 +81,12 @@ def test_speed_has_its_conditions_and_the_slower_rows_but_none_without_a_time(pa
     assert "NVIDIA H100, torch 2.11.0, 2026-11-24; `hf-sparse24 bench model x`." in speed
 
 
+def test_a_note_on_the_rows_stands_below_them(packed):
+    facts = CONDITIONS | {"note": "2:4 rows run dense"}
+    speed = section(model_card(packed, "m", benchmark=[row("dense-bf16", ms=2.0)], conditions=facts), "Speed")
+    assert "2026-11-24; `hf-sparse24 bench model x`. Note: 2:4 rows run dense." in speed
+
+
 @pytest.mark.parametrize("name", ["performance_gemm.csv", "performance_model.csv"])
 def test_rows_that_were_committed_render(packed, name):
     rows, facts = read_csv(RESULTS / name)

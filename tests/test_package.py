@@ -37,6 +37,7 @@ def test_training_imports_without_what_examples_use(missing):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="with CUDA a library that does not load is news")
 def test_importing_the_package_prints_nothing():
     """torchao, which transformers imports, would print of each library for GPUs that it cannot load."""
     code = "from transformers import AutoModelForCausalLM; import hf_sparse24.cli, sys"
