@@ -1,19 +1,12 @@
 """Every performance figure of the README on one GPU, for Llama-3-8B's shape with random weights; and experts.
 
-<<<<<<< HEAD
-    python benchmarks/gpu.py --only gemm,layer,model --out benchmarks/results
-    python benchmarks/gpu.py --only kernels     # the package's own kernel beside the libraries, each by force
-
-Writes performance_gemm.csv, performance_layer.csv and performance_model.csv, each with its environment, and prints a
-summary last. A part that reaches its limit of seconds writes the rows that it has. Tables: `performance_tables.py`.
-From performance_kernels.csv the numbers of tokens at which kernels change are set (`kernels/dispatch.py`).
-=======
     python benchmarks/gpu.py --only gemm,layer,model,experts --out benchmarks/results
+    python benchmarks/gpu.py --only kernels     # the package's own kernel beside the libraries, each by force
 
 Writes performance_gemm.csv and so on for each part, with its environment, and prints a summary last. Experts are those
 of a layer of Mixtral-8x7B and of Qwen3-30B-A3B, beside dense `grouped_mm`. A part that reaches its limit of seconds
-writes the rows that it has. Tables: `performance_tables.py`.
->>>>>>> experts
+writes the rows that it has. Tables: `performance_tables.py`. From performance_kernels.csv the numbers of tokens at
+which kernels change are set (`kernels/dispatch.py`).
 """
 
 import argparse
@@ -28,12 +21,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.utils import logging
 
-<<<<<<< HEAD
 from hf_sparse24.benchmark.candidates import OURS, chosen
-=======
-from hf_sparse24.benchmark.candidates import chosen
 from hf_sparse24.benchmark.experts import MIXTURES, benchmark_experts
->>>>>>> experts
 from hf_sparse24.benchmark.figures import describe
 from hf_sparse24.benchmark.gemm import benchmark_projections
 from hf_sparse24.benchmark.models import Source
@@ -53,15 +42,10 @@ WORKLOADS = [
     Workload("decode", 16, 512),
     Workload("decode", 64, 512),
 ]
-<<<<<<< HEAD
-LIMITS = {"gemm": 150, "layer": 90, "model": 240, "kernels": 120}  # seconds
+LIMITS = {"gemm": 150, "layer": 90, "model": 240, "kernels": 120, "experts": 120}  # seconds
 KERNEL_TOKENS = [16, 32, 64, 128, 256]
-SUMMARIZED = (1, 16, 32, 64, 128, 256, 1024, 4096)  # tokens
-=======
-LIMITS = {"gemm": 150, "layer": 90, "model": 240, "experts": 120}  # seconds
 EXPERT_TOKENS = [1, 16, 64, 4096]
-SUMMARIZED = (1, 16, 64, 1024, 4096)  # tokens
->>>>>>> experts
+SUMMARIZED = (1, 16, 32, 64, 128, 256, 1024, 4096)  # tokens
 
 
 def llama(layers):
@@ -153,17 +137,13 @@ def model(arguments, device):
                 yield [row]
 
 
-<<<<<<< HEAD
-PARTS = {"gemm": gemm, "layer": layer, "model": model, "kernels": kernels}
-=======
 def experts(arguments, device):
     """The experts of a layer of Mixtral-8x7B and of Qwen3-30B-A3B, routing included."""
     for mixture in MIXTURES:
         yield from benchmark_experts(mixture, EXPERT_TOKENS, device)
 
 
-PARTS = {"gemm": gemm, "layer": layer, "model": model, "experts": experts}
->>>>>>> experts
+PARTS = {"gemm": gemm, "layer": layer, "model": model, "kernels": kernels, "experts": experts}
 
 
 def run(part, arguments, device):
@@ -204,13 +184,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="gemm,layer,model", help="parts, separated by commas")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-<<<<<<< HEAD
     parser.add_argument("--seconds", type=float, help=f"limit of each part; default: {LIMITS}")
     parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")])
-=======
-    parser.add_argument("--seconds", type=float, help="limit of each part; default: " + str(LIMITS))
-    parser.add_argument("--tokens", type=lambda text: [int(part) for part in text.split(",")], default=TOKENS)
->>>>>>> experts
     parser.add_argument("--layers", type=int, default=32, help="of the model")
     parser.add_argument("--variants", type=lambda text: text.split(","), default=VARIANTS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))

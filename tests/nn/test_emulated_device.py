@@ -324,14 +324,14 @@ class TestExperts:
         assert packed.state_dict().keys() <= {"weight", "weight_indices", "weight_scale"}
 
     def test_activations_are_quantized_together_and_only_where_needed(self, device, monkeypatch):
-        stack, x = self.stack("int8"), torch.randn(80, 192).bfloat16()
+        stack, x = self.stack("int8"), torch.randn(200, 192).bfloat16()
         calls, quantize = [], dispatch.quantize_per_token
         monkeypatch.setattr(dispatch, "quantize_per_token", lambda *a: calls.append(len(a[0])) or quantize(*a))
         stack(x[:20], torch.tensor([5, 10, 15, 20]))
         assert not calls
-        stack(x, torch.tensor([40, 40, 80, 80]))
-        assert calls == [80]
-        assert [problem.tokens for problem in device.problems] == [48, 48]
+        stack(x, torch.tensor([100, 100, 200, 200]))
+        assert calls == [200]
+        assert [problem.tokens for problem in device.problems] == [112, 112]
 
     @pytest.mark.parametrize("shape", [(24, 64), (24, 40), (21, 64)])
     @pytest.mark.parametrize("quantization", list(ERROR))
