@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import Sparse24Experts, Sparse24Linear
 from hf_sparse24.pack import pack_, set_backend_, unpack_
 from hf_sparse24.prune import prune_
 from hf_sparse24.quantizer import Sparse24HfQuantizer
@@ -20,6 +20,7 @@ __all__ = [
     "Capability",
     "Sparse24Callback",
     "Sparse24Config",
+    "Sparse24Experts",
     "Sparse24HfQuantizer",
     "Sparse24Linear",
     "Sparse24Trainer",

@@ -258,6 +258,20 @@ class TestRefused:
             read(whole | {f"{name}.weight_indices": indices})
         read(whole)
 
+    def test_saving_experts_alone_which_transformers_would_replace_by_random_ones(self, tmp_path, magnitude):
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        model_class = saved("mixtral", tmp_path / "dense")
+        read = model_class.from_pretrained(tmp_path / "dense", quantization_config=magnitude(target_modules=names))
+        model = build("mixtral")
+        prune_(model, magnitude(target_modules=names))
+        pack_(model)
+        for packed in (read, model):
+            assert torch.equal(logits(packed), logits(model))
+            with pytest.raises(ValueError, match="Pack a linear projection too, such as q_proj, or save it after"):
+                packed.save_pretrained(tmp_path / "packed")
+            unpack_(packed)
+            packed.save_pretrained(tmp_path / "unpacked")
+
     def test_a_stack_alone_is_not_unpacked(self):
         with pytest.raises(ValueError, match="for a single layer call its"):
             unpack_(Sparse24Experts(2, 8, 8))
