@@ -1,6 +1,7 @@
 """Mixtures of experts from a dense checkpoint to a packed one and back: what is stored, what runs, what is left."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -160,6 +161,17 @@ def test_lora_trains_on_top(magnitude):
     for name, stack in stacks(model).items():
         assert torch.equal(stack.weight, before[name])
         assert stack.weight.grad is None
+
+
+def test_each_packed_stack_is_freed_when_its_dense_one_is_there(magnitude, monkeypatch):
+    model = build("mixtral")
+    prune_(model, magnitude())
+    pack_(model)
+    alive, make = [], Sparse24Experts.to_stack
+    packed = weakref.WeakSet(stacks(model).values())
+    monkeypatch.setattr(Sparse24Experts, "to_stack", lambda stack: alive.append(len(packed)) or make(stack))
+    unpack_(model)
+    assert alive == [4, 3, 2, 1]
 
 
 class TestLeft:
