@@ -36,7 +36,8 @@ test-newest: $(VENV)/.dev
 test-floor: $(FLOOR)/.dev
 	$(FLOOR)/bin/python -m pytest -n 2 tests/test_from_pretrained.py tests/test_selection.py \
 		tests/test_config.py tests/test_architectures.py tests/test_tied.py tests/test_round_trips.py \
-		tests/test_hub.py tests/test_model_card.py tests/test_odd_linears.py
+		tests/test_hub.py tests/test_model_card.py tests/test_odd_linears.py tests/nn/test_experts.py \
+		tests/test_packed_experts.py
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

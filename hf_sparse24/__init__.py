@@ -10,7 +10,7 @@ from typing import Any
 import hf_sparse24.torchao_import  # noqa: F401  first, before anything else imports torchao
 from hf_sparse24.capability import Capability, backend_capability
 from hf_sparse24.config import Sparse24Config
-from hf_sparse24.nn import Sparse24Linear
+from hf_sparse24.nn import Sparse24Experts, Sparse24Linear
 from hf_sparse24.pack import pack_, set_backend_, unpack_
 from hf_sparse24.prune import prune_
 from hf_sparse24.quantizer import Sparse24HfQuantizer
@@ -21,6 +21,7 @@ __all__ = [
     "Capability",
     "Sparse24Callback",
     "Sparse24Config",
+    "Sparse24Experts",
     "Sparse24HfQuantizer",
     "Sparse24Linear",
     "Sparse24Trainer",

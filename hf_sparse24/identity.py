@@ -20,7 +20,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter, Weigh
 from transformers.quantizers import AutoHfQuantizer
 
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
-from hf_sparse24.nn import PackedModule
+from hf_sparse24.nn import PackedModule, Sparse24Linear
 
 TAGS = ("2:4", "sparsity")  # on the Hub
 
@@ -56,6 +56,7 @@ def declare_packed(model: nn.Module, config: Sparse24Config) -> None:
     model.config.__dict__.pop("sparse24", None)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.hf_quantizer.packs_linear = any(isinstance(module, Sparse24Linear) for module in model.modules())
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     model.add_model_tags(list(TAGS))

@@ -88,9 +88,10 @@ def unpack_(model: nn.Module) -> SparsityReport:
     while packed:  # each packed layer is freed as soon as its dense one stands in its place
         module = packed.pop()
         _replace(places.pop(module), module, module.to_linear())
-    for module in list(model.modules()):
-        if any(isinstance(child, Sparse24Experts) for child in module.children()):
-            unpack_experts_(module)
+    del places
+    mixtures = [m for m in model.modules() if any(isinstance(child, Sparse24Experts) for child in m.children())]
+    for mixture in mixtures:
+        unpack_experts_(mixture)
     declare_dense(model, record)
     return sparsity_report(model)
 

@@ -42,6 +42,7 @@ class Sparse24HfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Sparse24Config
     packed_names: Sequence[str] = ()
+    packs_linear = True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse, before anything is loaded, what cannot work.
@@ -148,7 +149,17 @@ class Sparse24HfQuantizer(HfQuantizer):
         return without_merges(conversions, self.packed_names)
 
     def is_serializable(self) -> bool:
-        """A packed model is saved as plain tensors."""
+        """A packed model is saved as plain tensors.
+
+        Raises:
+            `ValueError`: nothing but experts is packed. transformers without this package would find no `weight` of
+                half the width, which it refuses, and would load random experts.
+        """
+        if not self.packs_linear:
+            raise ValueError(
+                "A checkpoint whose experts alone are packed would load with random experts where this package is "
+                "missing. Pack a linear projection too, such as q_proj, or save it after unpack_."
+            )
         return True
 
     @property

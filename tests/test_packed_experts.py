@@ -1,6 +1,7 @@
 """Mixtures of experts from a dense checkpoint to a packed one and back: what is stored, what runs, what is left."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -162,6 +163,17 @@ def test_lora_trains_on_top(magnitude):
         assert stack.weight.grad is None
 
 
+def test_each_packed_stack_is_freed_when_its_dense_one_is_there(magnitude, monkeypatch):
+    model = build("mixtral")
+    prune_(model, magnitude())
+    pack_(model)
+    alive, make = [], Sparse24Experts.to_stack
+    packed = weakref.WeakSet(stacks(model).values())
+    monkeypatch.setattr(Sparse24Experts, "to_stack", lambda stack: alive.append(len(packed)) or make(stack))
+    unpack_(model)
+    assert alive == [4, 3, 2, 1]
+
+
 class TestLeft:
     """Experts that stay dense tensors with zeros, and what is said of them."""
 
@@ -257,6 +269,20 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"weight_indices is not ascending, the first time at .* \(2, 5, 2\)"):
             read(whole | {f"{name}.weight_indices": indices})
         read(whole)
+
+    def test_saving_experts_alone_which_transformers_would_replace_by_random_ones(self, tmp_path, magnitude):
+        names = ["experts.gate_up_proj", "experts.down_proj"]
+        model_class = saved("mixtral", tmp_path / "dense")
+        read = model_class.from_pretrained(tmp_path / "dense", quantization_config=magnitude(target_modules=names))
+        model = build("mixtral")
+        prune_(model, magnitude(target_modules=names))
+        pack_(model)
+        for packed in (read, model):
+            assert torch.equal(logits(packed), logits(model))
+            with pytest.raises(ValueError, match="Pack a linear projection too, such as q_proj, or save it after"):
+                packed.save_pretrained(tmp_path / "packed")
+            unpack_(packed)
+            packed.save_pretrained(tmp_path / "unpacked")
 
     def test_a_stack_alone_is_not_unpacked(self):
         with pytest.raises(ValueError, match="for a single layer call its"):

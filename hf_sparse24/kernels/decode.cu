@@ -20,8 +20,9 @@
 // rows g and g + 8. With 8 bits it takes 16: lane t holds those of 2 t, 2 t + 1 and, 8 further, of as many.
 //
 // To be defined (see decode.py): HALF (1: float16, 0: bfloat16 result, bias and activations of 16 bits), BITS (16 or 8)
-// and FP8 (0 or 1) of the values, X_BITS of the activations (16, or 8 if the values have 8); ROW_TILES (of 16 rows) of a warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens);
-// UNITS (of 64 columns) of a chunk and STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
+// and FP8 (0 or 1) of the values, X_BITS of the activations (16, or 8 if the values have 8); ROW_TILES (of 16 rows) of a
+// warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens); UNITS (of 64 columns) of a chunk and
+// STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
 
 #include "overlap.h"
 

@@ -15,8 +15,9 @@ _MOST_STAGES = 8
 _SCHEDULERS = 4  # of a multiprocessor, each with tensor cores of its own
 _REGISTERS = 65536  # of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
-# Of a multiprocessor, in nanoseconds. Fitted to the 126 times in `benchmarks/results/decode_blocks.json`, of one H100,
-# which they give with a root mean square error of 9 %: their sum, that is, for one thing hardly runs beside the other.
+# Of a multiprocessor, in nanoseconds. Fitted to the 126 times of `benchmarks/results/decode_blocks.json`, of 16-bit
+# activations on one H100, which their sum gives with a root mean square error of 10 % if 32 clusters of 4 and 15 of 8
+# blocks are taken to fit at once (15 % with 16 of 8): what a multiprocessor reads and what it computes add up.
 _START, _START_OF_A_CLUSTER = 3000, 750
 _BYTE_OF_A_WEIGHT, _BYTE_OF_X = 0.036, 0.005  # one comes from memory, the other was read by another block
 _LDMATRIX = 2.4
