@@ -23,10 +23,11 @@ HOST_TOKENS = (1, 256)
 SHOWN_MODES = ("compiled", "compiled+graph")  # the CSV has the others
 
 
-def render(results=RESULTS):
-    """Return the tables as Markdown, or "" where no CSV is there."""
+def render(results=RESULTS, names=None):
+    """Return the tables, or those of some names, as Markdown, or "" where no CSV is there."""
     parts = []
-    for part, table in (("layer", layer_table), ("gemm", gemm_tables), ("model", model_tables)):
+    for name in names or TABLES:
+        part, table = TABLES[name]
         path = results / f"performance_{part}.csv"
         if path.exists():
             rows, facts = read_csv(path)
@@ -45,18 +46,27 @@ def conditions(path, facts):
 
 def layer_table(rows):
     """Return the projections of a layer together: by tokens, siblings apart."""
-    apart = [row for row in rows if any("+" in group for group in row.shape.split())]
+    apart = [row for row in rows if any("+" in group for group in row.shape.split()) and row.tokens in SHOWN_TOKENS]
     return "**The projections of a Llama-3-8B layer**, times as fast as dense:\n\n" + ratio_table(apart)
 
 
-def gemm_tables(rows):
-    """Return all projections at some numbers of tokens, and what a call costs the host."""
+def gemm_table(rows):
+    """Return all projections at some numbers of tokens."""
     head, body = [], []
     for shape in dict.fromkeys(row.shape for row in rows):
         head, lines = ratios([row for row in rows if row.shape == shape and row.tokens in SHOWN_TOKENS])
         body += [[shape, *line] for line in lines]
-    title = "**One projection (out x in)**, times as fast as dense:\n\n"
-    return "\n\n".join([title + markdown(["", *head], body), host_table(rows)])
+    return "**One projection (out x in)**, times as fast as dense:\n\n" + markdown(["", *head], body)
+
+
+def experts_table(rows):
+    """Return the experts of a layer: times as fast as dense `grouped_mm`."""
+    head = ["", "tokens", *(f"{candidate} / bf16" for candidate in OURS)]
+    body = [
+        [label, str(tokens), *(ratio(find(rows, name, label=label, tokens=tokens), "dense_bf16") for name in OURS)]
+        for label, tokens in dict.fromkeys((row.label, row.tokens) for row in rows)
+    ]
+    return "**The experts of a layer**, eager, times as fast as dense `grouped_mm`:\n\n" + markdown(head, body)
 
 
 def ratio_table(rows):
@@ -153,6 +163,17 @@ def rendered_readme(text, tables):
     return f"{before}{START}\n{tables}\n{END}{after}" if tables else f"{before}{START}\n{END}{after}"
 
 
+# What a table is called, the CSV that it is made from, and how.
+TABLES = {
+    "layer": ("layer", layer_table),
+    "gemm": ("gemm", gemm_table),
+    "host": ("gemm", host_table),
+    "model": ("model", model_tables),
+    "experts": ("experts", experts_table),
+}
+IN_README = ("layer", "model", "experts", "host")  # the docs have all
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -160,7 +181,7 @@ def main():
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf8")
-    rendered = rendered_readme(text, render())
+    rendered = rendered_readme(text, render(names=IN_README))
     if arguments.plot:
         for part in ("gemm", "layer", "model"):
             path = RESULTS / f"performance_{part}.csv"

@@ -95,8 +95,8 @@ def test_a_cuda_graph_of_a_whole_model(dense, ids, quantization):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs")
 def test_a_model_spread_over_two_devices(dense, ids, quantization, tmp_path):
     pack_(dense, quantization)
-    expected = dense(ids).logits
     dense.save_pretrained(tmp_path)
+    expected = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cuda:0")(ids).logits
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
     places |= {"model.layers.0": 0, "model.layers.1": 1}
     spread = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places)

@@ -1,5 +1,7 @@
 """Where packed layers live: sizes that device maps are made of, and weights that come and go for each call."""
 
+import gc
+
 import accelerate
 import pytest
 import torch
@@ -140,6 +142,8 @@ def test_the_reckoned_size_is_what_a_gpu_holds(quantization, tmp_path):
     prune_(model, Sparse24Config(method="magnitude"))
     pack_(model, quantization)
     model.save_pretrained(tmp_path)
+    del model
+    gc.collect()  # what other tests have left is not to be freed in between
     before = torch.cuda.memory_allocated()
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda")
     held = torch.cuda.memory_allocated() - before

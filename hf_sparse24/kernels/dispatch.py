@@ -30,9 +30,10 @@ from hf_sparse24.packing import PackedWeight, dtype_name
 logger = logging.get_logger(__name__)
 
 # Up to how many tokens the package's own kernel runs, by the dtype of the values: on 16-bit activations; on quantized
-# ones, which is not from timings but from counted instructions.
-FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 16, torch.float8_e4m3fn: 16}
-FEW_QUANTIZED_TOKENS = {torch.int8: 64, torch.float8_e4m3fn: 64}
+# ones. From `benchmarks/results/performance_kernels.csv`, the sum over the projections of a layer, but for FP8 on
+# quantized ones, which an H100 does not run: that is from counted instructions.
+FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 8, torch.float8_e4m3fn: 16}
+FEW_QUANTIZED_TOKENS = {torch.int8: 32, torch.float8_e4m3fn: 64}
 _ALL_TOKENS = 2**31 - 1
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 Quantize = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]

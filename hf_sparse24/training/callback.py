@@ -279,6 +279,12 @@ class Sparse24Callback(TrainerCallback):
 
 
 def _check_arguments(args: TrainingArguments, model: nn.Module, policy: Frozen) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"This process sees {args.n_gpu} GPUs, and would train copies of the model on them (nn.DataParallel), "
+            "which masks and losses do not follow. Start it with torchrun or accelerate launch, or show it one GPU "
+            "(CUDA_VISIBLE_DEVICES=0)."
+        )
     if policy.moves and args.mixed_precision == "fp16":
         raise ValueError(
             f"mask_policy {policy.name!r} reads gradients, which fp16=True scales. Use bf16=True, or 'frozen'."

@@ -49,7 +49,9 @@ def arguments(tmp_path):
             "use_cpu": True,
             "disable_tqdm": True,
         }
-        return Sparse24TrainingArguments(str(tmp_path / "run"), **{**defaults, **kwargs})
+        made = Sparse24TrainingArguments(str(tmp_path / "run"), **{**defaults, **kwargs})
+        made._n_gpu = min(made.n_gpu, 1)  # as a launcher would have it
+        return made
 
     return make
 

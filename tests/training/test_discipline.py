@@ -276,3 +276,11 @@ def test_masks_follow_the_record(tiny_llama):
     masks = Masks.of(tiny_llama, lambda _, weight, dim: mask_2to4(weight.abs(), dim))
     assert {name.split(".")[-2] for name in masks} == {"q_proj"}
     assert find_violations(tiny_llama.model.layers[0].mlp.up_proj.weight).count
+
+
+def test_several_gpus_in_one_process_are_refused(pruned, arguments, rows):
+    several = arguments()
+    several._n_gpu = 2
+    callback, trainer = Sparse24Callback(), Trainer(pruned, arguments(), train_dataset=rows)
+    with pytest.raises(ValueError, match="Start it with torchrun or accelerate launch"):
+        callback.on_train_begin(several, trainer.state, trainer.control, model=pruned)
