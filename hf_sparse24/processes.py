@@ -3,6 +3,10 @@
 Every function does nothing, or says one, where there is no process group.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,3 +53,34 @@ def largest(number: int, device: torch.device) -> int:
     tensor = torch.tensor([number], device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """Return every process's value, which can be pickled, in the order of their numbers."""
+    values = [value] * count()
+    if count() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let an error in one process be one in all: else the others would wait for it in the next collective.
+
+    What runs inside must not communicate itself.
+
+    Raises:
+        `RuntimeError`: another process failed; an `OutOfMemoryError` if it ran out of memory.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told = gather(None if failed is None else (isinstance(failed, torch.OutOfMemoryError), str(failed)))
+    if failed is not None:
+        raise failed
+    for number, (out_of_memory, message) in enumerate(entry or (False, None) for entry in told):
+        if message is not None:
+            kind = torch.OutOfMemoryError if out_of_memory else RuntimeError
+            raise kind(f"Process {number} of {count()} stopped: {message}")

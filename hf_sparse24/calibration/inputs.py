@@ -9,6 +9,7 @@ An expert that saw fewer tokens than it has inputs is completed with the average
 would be singular, and its few tokens chance.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import StopForward, Stream
 from hf_sparse24.selection import Target
 from hf_sparse24.statistics import InputStatistics
@@ -29,9 +31,30 @@ Group = list[Target]
 def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
     """Return the targets of a block in groups that read the same tensor, in the order in which they run.
 
+    Where the router decides which experts run first, processes see other orders on other batches: what the first one
+    found holds in all, followed by what only others reached.
+
     Raises:
-        `ValueError`: no calibration batch reaches one of them.
+        `ValueError`: no calibration batch of any process reaches one of them.
     """
+    groups: list[Group] = []
+    by_name = {target.name: target for target in targets}
+    seen = [[target.name for target in group] for group in _groups_seen(block, name, targets, stream)]
+    for names in itertools.chain.from_iterable(processes.gather(seen)):
+        group = [by_name.pop(found) for found in names if found in by_name]
+        if group:
+            groups.append(group)
+    if not by_name:
+        return groups
+    absent = next(iter(by_name))
+    raise ValueError(
+        f"No calibration token reached {absent}. Give calibration inputs that use it, or keep it dense with "
+        f"modules_to_not_convert=['{absent.rpartition('.')[2]}']."
+    )
+
+
+def _groups_seen(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
+    """Return the groups that this process's batches reach, from as few of them as reach all."""
     missing = {target.name: target for target in targets}
     groups: list[Group] = []
     for index in range(len(stream)):
@@ -51,12 +74,8 @@ def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: 
 
         _run_watched(block, name, list(missing.values()), stream, index, found)
         if not missing:
-            return groups
-    absent = next(iter(missing))
-    raise ValueError(
-        f"No calibration token reached {absent}. Give calibration inputs that use it, or keep it dense with "
-        f"modules_to_not_convert=['{absent.rpartition('.')[2]}']."
-    )
+            break
+    return groups
 
 
 def group_statistics(
