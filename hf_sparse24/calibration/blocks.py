@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 Batch = dict[str, Any]
 
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+_IGNORED = -100  # the label of padding, as losses in torch have it
 
 
 class StopForward(Exception):
@@ -40,6 +41,18 @@ class BlockCall(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class TokenMasks(NamedTuple):
+    """Which tokens of a batch are real, as the stack of a chain was told: bool (batch, tokens), False for padding.
+
+    Attributes:
+        own (`Tensor`, *optional*): those of its hidden states.
+        handed (`Tensor`, *optional*): those of what it is handed beside them, the encoder's output.
+    """
+
+    own: Tensor | None
+    handed: Tensor | None
+
+
 class Stream:
     """The hidden states of every batch at one depth of the model.
 
@@ -47,43 +60,49 @@ class Stream:
         hidden (`list[Tensor]`): one a batch, (batch, tokens, features).
     """
 
-    def __init__(self, hidden: list[Tensor], calls: list[dict[str, BlockCall]], batches: Sequence[Batch]) -> None:
+    def __init__(self, hidden: list[Tensor], calls: list[dict[str, BlockCall]], masks: Sequence[TokenMasks]) -> None:
         self.hidden = hidden
         self._calls = calls
-        self._batches = batches
+        self._masks = masks
 
     def copy(self) -> "Stream":
         """Return a stream that moves on its own from here."""
-        return Stream(list(self.hidden), self._calls, self._batches)
+        return Stream(list(self.hidden), self._calls, self._masks)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.hidden)
 
+    def call(self, block: nn.Module, name: str, index: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """Return what a block is called with for one batch, on the block's device: hidden states first."""
+        call = self._calls[index][name]
+        return send_to_device((self.hidden[index], call.args, call.kwargs), next(block.parameters()).device)
+
     def run(self, block: nn.Module, name: str, index: int) -> Tensor:
         """Run a block on one batch and return its hidden states, on the block's device."""
-        device = next(block.parameters()).device
-        call = self._calls[index][name]
-        hidden, args, kwargs = send_to_device((self.hidden[index], call.args, call.kwargs), device)
+        hidden, args, kwargs = self.call(block, name, index)
         return hidden_of(block(hidden, *args, **kwargs))
 
     def outputs(self, block: nn.Module, name: str) -> list[Tensor]:
         """Return the block's hidden states for every batch, kept where those of the stream are."""
         return [self.run(block, name, index).to(hidden.device) for index, hidden in enumerate(self.hidden)]
 
-    def kept_tokens(self, name: str, index: int, shape: torch.Size) -> Tensor | None:
-        """Return a bool mask (batch, tokens), False for padding, for a tensor (batch, tokens, ...) in a block.
+    def kept_tokens(self, index: int, states: Tensor, handed: bool = False) -> Tensor | None:
+        """Return which rows of a tensor in a block are real tokens, or None where that is not known.
 
-        None where the batch has no mask of that shape. Inside a decoder the decoder's mask comes first.
+        Args:
+            index (`int`): the number of the batch.
+            states (`Tensor`): (batch, tokens, features). With as many tokens as the hidden states it is taken for
+                theirs, else for those of what the block is handed beside them.
+            handed (`bool`): it is something that the block is handed.
+
+        Returns:
+            `Tensor`: bool, the shape of `states` without its last dimension, False for padding.
         """
-        keys = ["attention_mask", "decoder_attention_mask"]
-        if "decoder" in name.split("."):
-            keys.reverse()
-        for key in keys:
-            mask = self._batches[index].get(key)
-            if mask is not None and mask.shape == shape[:2]:
-                return mask.bool()
-        return None
+        rows = states.shape[:-1]
+        own = not handed and rows == self.hidden[index].shape[:2]
+        mask = self._masks[index].own if own else self._masks[index].handed
+        return mask.to(states.device) if mask is not None and rows == mask.shape else None
 
 
 def block_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -178,12 +197,16 @@ def record(
     first = {chain[0]: number for number, chain in enumerate(chains)}
     names = [name for chain in chains for name in chain]
     hidden: list[list[Tensor]] = [[] for _ in chains]
+    masks: list[list[TokenMasks]] = [[] for _ in chains]
     calls: list[dict[str, BlockCall]] = []
+    told: dict[str, dict[str, Any]] = {}
 
     def entered(name: str, states: Tensor, call: BlockCall) -> None:
         calls[-1][name] = call
         if name in first:
             hidden[first[name]].append(states)
+            keys = ("attention_mask", "encoder_attention_mask")
+            masks[first[name]].append(TokenMasks(*(_mask_of_stack(model, name, key, told) for key in keys)))
 
     def left(name: str, output: Any) -> None:
         if name == names[-1]:
@@ -193,9 +216,11 @@ def record(
     with ExitStack() as stack:
         if device is not None:
             stack.enter_context(_borrowing(model, blocks, device))
+        stack.enter_context(_listening(model, list(first), told))
         stack.enter_context(_hooked(model, names, entered, left))
         for batch in batches:
             calls.append({})
+            told.clear()
             _forward(model, batch)
     for chain, states in zip(chains, hidden, strict=True):
         if len(states) != len(batches):
@@ -203,7 +228,7 @@ def record(
                 f"{len(batches) - len(states)} of {len(batches)} calibration batches do not reach {chain[0]}. "
                 "Give batches that each use the whole model."
             )
-    return [Stream(states, calls, batches) for states in hidden]
+    return [Stream(states, calls, tokens) for states, tokens in zip(hidden, masks, strict=True)]
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -271,6 +296,42 @@ def _hooked(model: nn.Module, names: Sequence[str], entered: Any, left: Any) -> 
             handle.remove()
 
 
+@contextmanager
+def _listening(model: nn.Module, names: Sequence[str], told: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """While active, put into `told` what the modules around some blocks are called with, by their names."""
+    around = {name[:end] for name in names for end in [0, *(dot.start() for dot in re.finditer(r"\.", name))]}
+    handles = []
+    for name in around:
+        module = model.get_submodule(name)
+        signature = inspect.signature(module.forward)
+
+        def listen(_: nn.Module, args: Any, kwargs: Any, name: str = name, signature: Any = signature) -> None:
+            told[name] = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
+
+        handles.append(module.register_forward_pre_hook(listen, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask_of_stack(model: nn.Module, block: str, key: str, told: dict[str, dict[str, Any]]) -> Tensor | None:
+    """Return the (batch, tokens) mask with which the nearest module around a block was called, or None.
+
+    No further out than the stack of the block, the first that is a model by itself: an image encoder's blocks know
+    nothing of the text's padding. Only where that has a mask in another form, made by what is around it.
+    """
+    while block:
+        block = block.rpartition(".")[0]
+        mask = told.get(block, {}).get(key)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return mask.bool()
+        if mask is None and isinstance(model.get_submodule(block), PreTrainedModel):
+            return None
+    return None
+
+
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
     """Separate the hidden states from the rest of a call, and leave out caches, which a second call would fill."""
     kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
@@ -287,13 +348,19 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
         key: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in send_to_device(dict(batch), parameter.device).items()
     }
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters
+    if "use_cache" in takes:
         inputs["use_cache"] = False
     reads_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if reads_labels and "labels" in inputs and not any(key in inputs for key in _DECODER_INPUTS):
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             return inputs
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        labels = inputs["labels"]
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if "decoder_attention_mask" in takes and "decoder_attention_mask" not in inputs:
+            mask = torch.ones_like(labels)
+            mask[:, 1:] = labels[:, :-1] != _IGNORED  # what is read comes one later than what is to be written
+            inputs["decoder_attention_mask"] = mask
     inputs.pop("labels", None)
     return inputs
 

@@ -11,7 +11,7 @@ would be singular, and its few tokens chance.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ from hf_sparse24.statistics import InputStatistics
 logger = logging.get_logger(__name__)
 
 Group = list[Target]
+
+
+class Read(NamedTuple):
+    """What a projection reads in one call.
+
+    Attributes:
+        target (`Target`): the projection, or the stack of experts.
+        inputs (`Tensor`): (..., in_features).
+        kept (`Tensor`, *optional*): bool, which of its rows are no padding; None where that is not known.
+        expert (`int`, *optional*): which of a stack; None for all of them, (experts, tokens, in_features).
+    """
+
+    target: Target
+    inputs: Tensor
+    kept: Tensor | None
+    expert: int | None
 
 
 def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
@@ -61,9 +77,8 @@ def _groups_seen(block: nn.Module, name: str, targets: Sequence[Target], stream:
         by_input: dict[tuple[Any, ...], Group] = {}
         held = []  # keeps the inputs alive, so that an address means one tensor
 
-        def found(
-            target: Target, inputs: Tensor, expert: int | None = None, by_input: Any = by_input, held: Any = held
-        ) -> None:
+        def found(read: Read, by_input: Any = by_input, held: Any = held) -> None:
+            target, inputs = read.target, read.inputs
             key = (target.name,) if target.is_expert_stack else (inputs.data_ptr(), inputs.numel(), inputs.dtype)
             held.append(inputs)
             if missing.pop(target.name, None) is None:
@@ -94,13 +109,12 @@ def group_statistics(
     in_features = weight.shape[group[0].dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
-        inputs = _input_of(block, name, group[0], stream, index)
-        if inputs is None:  # this batch does not use the module
+        read = _first_read(block, name, group[0], stream, index)
+        if read is None:  # this batch does not use the module
             continue
-        dense_inputs = None if dense is None else _input_of(dense[0], name, group[0], dense[1], index)
-        kept = stream.kept_tokens(name, index, inputs.shape)
-        if dense_inputs is not None or dense is None:
-            statistics.add(inputs, dense_inputs, None if kept is None else kept.to(inputs.device))
+        followed = None if dense is None else _first_read(dense[0], name, group[0], dense[1], index)
+        if followed is not None or dense is None:
+            statistics.add(read.inputs, None if followed is None else followed.inputs, read.kept)
     statistics.all_reduce_()
     statistics.check(group[0].name)
     if statistics.tokens < in_features:
@@ -120,9 +134,9 @@ def expert_statistics(block: nn.Module, name: str, target: Target, stream: Strea
     in_features = stack.shape[target.dim]
     statistics = [InputStatistics(in_features, stack.device) for _ in range(len(stack))]
 
-    def found(_: Target, inputs: Tensor, expert: int | None = None) -> None:
-        for number, rows in enumerate(inputs) if expert is None else [(expert, inputs)]:
-            statistics[number].add(rows[rows.any(-1)] if expert is None else rows)
+    def found(read: Read) -> None:
+        for number, rows in enumerate(read.inputs) if read.expert is None else [(read.expert, read.inputs)]:
+            statistics[number].add(rows[rows.any(-1)] if read.expert is None else rows)
 
     for index in range(len(stream)):
         _run_watched(block, name, [target], stream, index, found)
@@ -182,30 +196,36 @@ def module_of(block: nn.Module, name: str, target: Target) -> nn.Module:
     return block.get_submodule(target.module_name[len(name) + 1 :])
 
 
-def _input_of(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Tensor | None:
+def _first_read(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Read | None:
     """Return what a projection reads for one batch, and run no further than it."""
-    caught: list[Tensor] = []
+    caught: list[Read] = []
 
-    def catch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        caught.append(_first(args, kwargs))
+    def catch(read: Read) -> None:
+        caught.append(read)
         raise StopForward
 
-    handle = module_of(block, name, target).register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        stream.run(block, name, index)
-    except StopForward:
-        pass
-    finally:
-        handle.remove()
+    _run_watched(block, name, [target], stream, index, catch)
     return caught[0] if caught else None
 
 
 def _run_watched(
-    block: nn.Module, name: str, targets: Sequence[Target], stream: Stream, index: int, found: Callable[..., None]
+    block: nn.Module,
+    name: str,
+    targets: Sequence[Target],
+    stream: Stream,
+    index: int,
+    found: Callable[[Read], None],
 ) -> None:
-    """Run a block on one batch and call `found(target, inputs)` for each use of a target, in order."""
+    """Run a block on one batch and call `found` for each use of a target, in order, until it stops the forward."""
     handles = []
     stacks: list[tuple[nn.Parameter, Target]] = []
+    hidden, args, kwargs = stream.call(block, name, index)
+    handed = {value.data_ptr() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+
+    def reads(target: Target, inputs: Tensor, expert: int | None = None) -> None:
+        kept = stream.kept_tokens(index, inputs, inputs.data_ptr() in handed)
+        found(Read(target, inputs, kept, expert))
+
     for target in targets:
         module = module_of(block, name, target)
         if target.is_expert_stack:
@@ -213,12 +233,14 @@ def _run_watched(
             continue
 
         def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
-            found(target, _first(args, kwargs))
+            reads(target, _first(args, kwargs))
 
         handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
     try:
-        with _WatchStacks(stacks, found):
-            stream.run(block, name, index)
+        with _WatchStacks(stacks, reads):
+            block(hidden, *args, **kwargs)
+    except StopForward:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_sparse24.calibration.blocks import block_names, find_chains, record
+from hf_sparse24.calibration.blocks import block_names, block_of, find_chains, record
 from hf_sparse24.calibration.inputs import expert_statistics, find_groups, group_statistics
 from hf_sparse24.selection import select
 from tests.families import build, inputs
@@ -162,6 +162,51 @@ def test_padding_is_left_out_of_statistics():
     rows = read_by(model, [batch], group[0].module_name)[batch["attention_mask"].flatten().bool()]
     assert statistics.tokens == len(rows) == 11
     torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
+
+
+def tokens_of(model, batch, module):
+    """Return how many tokens the statistics of a module count."""
+    (target,) = [target for target in select(model).targets if target.module_name == module]
+    name = block_of(module)
+    return group_statistics(
+        model.get_submodule(name), name, [target], stream_before(model, [batch], name), None
+    ).tokens
+
+
+def padded(length, *real):
+    return (torch.arange(length) < torch.tensor(real).unsqueeze(1)).long()
+
+
+BART_BLOCK = "model.decoder.layers.0"
+SIZES_OF_LABELS = [(7, (2, 5)), (5, (2, 4))]  # as long as the source, and not
+
+
+def test_a_decoder_reads_the_encoder_with_the_encoders_padding():
+    batch = inputs("bart") | {"decoder_input_ids": torch.randint(3, 96, (2, 7))}
+    batch |= {"attention_mask": padded(7, 3, 7), "decoder_attention_mask": padded(7, 5, 4)}
+    model = build("bart")
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 10
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.q_proj") == 9
+    assert tokens_of(model, batch, "model.encoder.layers.0.fc1") == 10
+    del batch["attention_mask"]  # without one all count, and not those of the decoder's
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 14
+
+
+@pytest.mark.parametrize(("length", "real"), SIZES_OF_LABELS)
+def test_the_padding_of_a_decoder_is_that_of_its_labels(length, real):
+    labels = torch.where(padded(length, *real).bool(), torch.randint(3, 96, (2, length)), -100)
+    batch = {"input_ids": inputs("bart")["input_ids"], "attention_mask": padded(7, 3, 7), "labels": labels}
+    model = build("bart")
+    # The decoder reads its start token and then the labels.
+    assert tokens_of(model, batch, f"{BART_BLOCK}.self_attn.q_proj") == 2 + sum(real)
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 10
+
+
+def test_an_image_has_no_part_in_the_padding_of_a_text_of_as_many_tokens():
+    batch = inputs("clip") | {"input_ids": torch.randint(3, 96, (2, 17)), "attention_mask": padded(17, 4, 9)}
+    model = build("clip")
+    assert tokens_of(model, batch, "vision_model.encoder.layers.0.mlp.fc1") == 2 * 17
+    assert tokens_of(model, batch, "text_model.encoder.layers.0.mlp.fc1") == 13
 
 
 def test_a_projection_that_no_token_reaches_is_named():
