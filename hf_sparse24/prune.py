@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
@@ -40,6 +41,9 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
     Without calibration data one matrix at a time: the peak is the model and at most one copy of a matrix. (Weights
     that are mapped from a file count twice until the last of them is replaced: the file's pages stay, as cache.) With
     data it is the model, a second copy of one block, the hidden states of all batches and a layer's Hessian.
+
+    In each process of torchrun or accelerate launch, called with the same arguments, it walks a share of the data and
+    leaves the same weights. Where there is no process group yet, one is made then.
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -91,6 +95,7 @@ def prune_calibrated_(
     model: nn.Module, selection: Selection, config: Sparse24Config, method: str, data: Any
 ) -> dict[str, Any]:
     """Prune the targets of a selection on calibration data, and return what is to be recorded of it."""
+    processes.join()
     batches = calibration_batches(
         data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
     )

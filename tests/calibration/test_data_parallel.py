@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.recipe import Recipe
 from hf_sparse24.calibration.sequential import _own_share, prune_sequentially_
 from hf_sparse24.selection import select
@@ -159,6 +167,54 @@ def test_processes_whose_routers_call_experts_in_another_order_prune_as_one(tmp_
         key = f"{target.name}.weight"
         # Sums in another order; the mask of wanda is all but the same, and so are then the refitted values.
         assert ((both[0][key] == 0) == (alone[key] == 0)).float().mean() >= 0.99, key
+
+
+# The console script, which also tells how many batches its process walks.
+COMMAND = """
+import sys
+from hf_sparse24.calibration import sequential
+from hf_sparse24.cli import main
+
+def told(batches, deal=sequential._own_share):
+    share = deal(batches)
+    print(f"walks {len(share)} of {len(batches)}", file=sys.stderr)
+    return share
+
+sequential._own_share = told
+main()
+"""
+
+
+def test_the_command_line_under_torchrun_shares_the_work_and_writes_once(tiny_llama_folder, tmp_path):
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(90)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tiny_llama_folder)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number * number % 89}" for number in range(2000)))
+    (tmp_path / "hf-sparse24").write_text(COMMAND)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    prune = [
+        tmp_path / "hf-sparse24",
+        "prune",
+        tiny_llama_folder,
+        tmp_path / "out",
+        "--dataset",
+        tmp_path / "text.txt",
+    ]
+    prune += ["--num-samples", "24", "--sequence-length", "16", "--device", "cpu", "--no-pack", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*torchrun, *prune], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall("walks . of .", done.stderr)) == ["walks 1 of 3", "walks 2 of 3"]
+    assert json.loads(done.stdout)["totals"]["matrices_2to4"] == 14  # printed by one
+    assert_2to4(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    assert not [folder.name for folder in tmp_path.iterdir() if "partial" in folder.name]
+
+
+def test_processes_that_nobody_launched_are_not_joined(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.join()
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_single_process_takes_all_batches():
