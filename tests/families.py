@@ -72,7 +72,8 @@ FAMILIES = {
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", EXPERTS),
 }
 
-# What only some tests are about: layers that share their weights, and casts to the dtype of a weight.
+# What only some tests are about: layers that share their weights, casts to the dtype of a weight, experts that are
+# modules.
 ODD_FAMILIES = {
     "zamba": (
         "ZambaForCausalLM",
@@ -94,6 +95,13 @@ ODD_FAMILIES = {
         "LongT5Config",
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
         | {"tie_word_embeddings": False},
+    ),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+        | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4, "vocab_size": 96}
+        | {"decoder_start_token_id": 0, "pad_token_id": 0, "router_jitter_noise": 0},
     ),
     "seamless_m4t": (
         "SeamlessM4TForTextToText",
@@ -120,7 +128,7 @@ def inputs(family):
     pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
     if family == "whisper":
         return {"input_features": torch.randn(2, 80, 3000)} | decoder
-    if family in ("t5", "bart"):
+    if family in ("t5", "bart", "switch"):
         return tokens | decoder
     if family in ("vit", "dinov2", "dinov2_swiglu"):
         return pixels

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
+
+from hf_sparse24.calibration.token_masks import TokenMasks, Told, listening, masks_of_stack
 
 Batch = dict[str, Any]
 
@@ -39,18 +41,6 @@ class BlockCall(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class TokenMasks(NamedTuple):
-    """Which tokens of a batch are real, as the stack of a chain was told: bool (batch, tokens), False for padding.
-
-    Attributes:
-        own (`Tensor`, *optional*): those of its hidden states.
-        handed (`Tensor`, *optional*): those of what it is handed beside them, the encoder's output.
-    """
-
-    own: Tensor | None
-    handed: Tensor | None
 
 
 class Stream:
@@ -199,14 +189,13 @@ def record(
     hidden: list[list[Tensor]] = [[] for _ in chains]
     masks: list[list[TokenMasks]] = [[] for _ in chains]
     calls: list[dict[str, BlockCall]] = []
-    told: dict[str, dict[str, Any]] = {}
+    told: Told = {}
 
     def entered(name: str, states: Tensor, call: BlockCall) -> None:
         calls[-1][name] = call
         if name in first:
             hidden[first[name]].append(states)
-            keys = ("attention_mask", "encoder_attention_mask")
-            masks[first[name]].append(TokenMasks(*(_mask_of_stack(model, name, key, told) for key in keys)))
+            masks[first[name]].append(masks_of_stack(model, name, told))
 
     def left(name: str, output: Any) -> None:
         if name == names[-1]:
@@ -216,7 +205,7 @@ def record(
     with ExitStack() as stack:
         if device is not None:
             stack.enter_context(_borrowing(model, blocks, device))
-        stack.enter_context(_listening(model, list(first), told))
+        stack.enter_context(listening(model, list(first), told))
         stack.enter_context(_hooked(model, names, entered, left))
         for batch in batches:
             calls.append({})
@@ -294,42 +283,6 @@ def _hooked(model: nn.Module, names: Sequence[str], entered: Any, left: Any) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _listening(model: nn.Module, names: Sequence[str], told: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """While active, put into `told` what the modules around some blocks are called with, by their names."""
-    around = {name[:end] for name in names for end in [0, *(dot.start() for dot in re.finditer(r"\.", name))]}
-    handles = []
-    for name in around:
-        module = model.get_submodule(name)
-        signature = inspect.signature(module.forward)
-
-        def listen(_: nn.Module, args: Any, kwargs: Any, name: str = name, signature: Any = signature) -> None:
-            told[name] = {**kwargs, **signature.bind_partial(*args, **kwargs).arguments}
-
-        handles.append(module.register_forward_pre_hook(listen, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _mask_of_stack(model: nn.Module, block: str, key: str, told: dict[str, dict[str, Any]]) -> Tensor | None:
-    """Return the (batch, tokens) mask with which the nearest module around a block was called, or None.
-
-    No further out than the stack of the block, the first that is a model by itself: an image encoder's blocks know
-    nothing of the text's padding. Only where that has a mask in another form, made by what is around it.
-    """
-    while block:
-        block = block.rpartition(".")[0]
-        mask = told.get(block, {}).get(key)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            return mask.bool()
-        if mask is None and isinstance(model.get_submodule(block), PreTrainedModel):
-            return None
-    return None
 
 
 def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:

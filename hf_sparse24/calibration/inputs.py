@@ -4,93 +4,128 @@ Projections that read one tensor (q, k, v; gate, up) form a group: they share th
 Groups are pruned in the order in which the block runs them, so that each sees inputs that the earlier ones have made
 with their new weights.
 
-A stack of experts (3-D) is a group of its own with one statistic an expert, over the tokens that the router sends it.
-An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian
-would be singular, and its few tokens chance.
+The experts of a mixture, a 3-D stack or a module each, are a group of their own with one statistic an expert, over the
+tokens that the router sends it. An expert that saw fewer tokens than it has inputs, or none, is completed with the
+average token of all experts: its Hessian would be singular, and its few tokens chance.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import StopForward, Stream
+from hf_sparse24.calibration.watching import Read, first_of, module_of, run_watched, watching
 from hf_sparse24.selection import Target
-from hf_sparse24.statistics import InputStatistics
+from hf_sparse24.statistics import InputStatistics, no_token_reached
 
 logger = logging.get_logger(__name__)
 
-Group = list[Target]
+Units = dict[str, list[Target]]
 
 
-class Read(NamedTuple):
-    """What a projection reads in one call.
+class Group(NamedTuple):
+    """Projections that are pruned together.
 
     Attributes:
-        target (`Target`): the projection, or the stack of experts.
-        inputs (`Tensor`): (..., in_features).
-        kept (`Tensor`, *optional*): bool, which of its rows are no padding; None where that is not known.
-        expert (`int`, *optional*): which of a stack; None for all of them, (experts, tokens, in_features).
+        targets (`list[Target]`): what reads one tensor; or one projection of all experts, as a stack or one by one.
+        is_mixture (`bool`): whether they are experts.
     """
 
-    target: Target
-    inputs: Tensor
-    kept: Tensor | None
-    expert: int | None
+    targets: list[Target]
+    is_mixture: bool
+
+
+def mixture_of(target: Target) -> str | None:
+    """Return what names one projection of all experts of a mixture, or None for a projection of no expert.
+
+    ```python
+    >>> mixture_of(Target("layers.0.mlp.experts.3.w1", "layers.0.mlp.experts.3.w1", "weight", "gate", -1))
+    'layers.0.mlp.experts.*.w1'
+
+    ```
+    """
+    before, inside, path = target.name.partition(".experts.")
+    if target.is_expert_stack or not inside:
+        return target.name if target.is_expert_stack else None
+    return f"{before}.experts.*.{path.partition('.')[2]}"
+
+
+@contextmanager
+def noting_reached(model: nn.Module, targets: Sequence[Target]) -> Iterator[Units]:
+    """While active, strike from what is yielded each projection that the model runs, and each mixture."""
+    missing = _units(targets)
+    modules = [(target, model.get_submodule(target.module_name)) for target in targets]
+    with watching(modules, lambda target, *_: missing.pop(_unit(target), None)):
+        yield missing
+
+
+def check_reached(missing: Units) -> None:
+    """Raise `ValueError`, in all processes, when there is something that no process's calibration data reached."""
+    everywhere = set.intersection(*map(set, processes.gather(list(missing))))
+    for unit in missing:
+        if unit in everywhere:
+            raise ValueError(no_token_reached(unit))
 
 
 def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
-    """Return the targets of a block in groups that read the same tensor, in the order in which they run.
+    """Return the targets of a block in groups, in the order in which they run.
 
-    Where the router decides which experts run first, processes see other orders on other batches: what the first one
-    found holds in all, followed by what only others reached.
+    Where something in the data decides what runs first, processes see other orders on other batches: what the first
+    one found holds in all, followed by what only others reached.
 
     Raises:
         `ValueError`: no calibration batch of any process reaches one of them.
     """
     groups: list[Group] = []
-    by_name = {target.name: target for target in targets}
-    seen = [[target.name for target in group] for group in _groups_seen(block, name, targets, stream)]
-    for names in itertools.chain.from_iterable(processes.gather(seen)):
-        group = [by_name.pop(found) for found in names if found in by_name]
+    missing = _units(targets)
+    for units in itertools.chain.from_iterable(processes.gather(_groups_seen(block, name, missing, stream))):
+        group = [target for unit in units for target in missing.pop(unit, [])]
         if group:
-            groups.append(group)
-    if not by_name:
-        return groups
-    absent = next(iter(by_name))
-    raise ValueError(
-        f"No calibration token reached {absent}. Give calibration inputs that use it, or keep it dense with "
-        f"modules_to_not_convert=['{absent.rpartition('.')[2]}']."
-    )
+            groups.append(Group(group, mixture_of(group[0]) is not None))
+    check_reached(missing)
+    return groups
 
 
-def _groups_seen(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
+def _groups_seen(block: nn.Module, name: str, units: Units, stream: Stream) -> list[list[str]]:
     """Return the groups that this process's batches reach, from as few of them as reach all."""
-    missing = {target.name: target for target in targets}
-    groups: list[Group] = []
+    missing = dict(units)
+    groups: list[list[str]] = []
     for index in range(len(stream)):
-        by_input: dict[tuple[Any, ...], Group] = {}
+        by_input: dict[tuple[Any, ...], list[str]] = {}
         held = []  # keeps the inputs alive, so that an address means one tensor
 
         def found(read: Read, by_input: Any = by_input, held: Any = held) -> None:
-            target, inputs = read.target, read.inputs
-            key = (target.name,) if target.is_expert_stack else (inputs.data_ptr(), inputs.numel(), inputs.dtype)
-            held.append(inputs)
-            if missing.pop(target.name, None) is None:
+            held.append(read.inputs)
+            unit = _unit(read.target)
+            if missing.pop(unit, None) is None:
                 return
+            memory = (read.inputs.data_ptr(), read.inputs.numel(), read.inputs.dtype)
+            key = memory if mixture_of(read.target) is None else (unit,)
             if key not in by_input:
                 groups.append(by_input.setdefault(key, []))
-            by_input[key].append(target)
+            by_input[key].append(unit)
 
-        _run_watched(block, name, list(missing.values()), stream, index, found)
+        run_watched(block, name, list(itertools.chain(*missing.values())), stream, index, found)
         if not missing:
             break
     return groups
+
+
+def _units(targets: Sequence[Target]) -> Units:
+    """Return what is pruned as one, by its name: single projections, and those of all experts of a mixture."""
+    units: Units = {}
+    for target in targets:
+        units.setdefault(_unit(target), []).append(target)
+    return units
+
+
+def _unit(target: Target) -> str:
+    return mixture_of(target) or target.name
 
 
 def group_statistics(
@@ -101,22 +136,23 @@ def group_statistics(
     Args:
         block (`nn.Module`): the block as pruned so far.
         name (`str`): its path in the model.
-        group (`list[Target]`): targets that read the same tensor.
+        group (`Group`): targets that read the same tensor.
         stream (`Stream`): the pruned model's hidden states before the block.
         dense (`tuple`, *optional*): the dense block and the dense model's stream, for asymmetric statistics.
     """
-    weight = module_of(block, name, group[0]).weight
-    in_features = weight.shape[group[0].dim]
+    first = group.targets[0]
+    weight = module_of(block, name, first).weight
+    in_features = weight.shape[first.dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
-        read = _first_read(block, name, group[0], stream, index)
+        read = _first_read(block, name, first, stream, index)
         if read is None:  # this batch does not use the module
             continue
-        followed = None if dense is None else _first_read(dense[0], name, group[0], dense[1], index)
+        followed = None if dense is None else _first_read(dense[0], name, first, dense[1], index)
         if followed is not None or dense is None:
             statistics.add(read.inputs, None if followed is None else followed.inputs, read.kept)
     statistics.all_reduce_()
-    statistics.check(group[0].name)
+    statistics.check(first.name)
     if statistics.tokens < in_features:
         logger.warning_once(
             f"Projections of {in_features} inputs saw {statistics.tokens} calibration tokens: what is chosen on them "
@@ -125,28 +161,36 @@ def group_statistics(
     return statistics
 
 
-def expert_statistics(block: nn.Module, name: str, target: Target, stream: Stream) -> list[InputStatistics]:
-    """Sum the statistics of the tokens routed to each expert of a stack, and complete those that saw too few.
+def expert_statistics(block: nn.Module, name: str, group: Group, stream: Stream) -> list[InputStatistics]:
+    """Sum the statistics of the tokens routed to each expert of a mixture, and complete those that saw too few.
 
     Only the symmetric form: the router of the dense model may send a token elsewhere.
     """
-    stack = getattr(module_of(block, name, target), target.parameter)
-    in_features = stack.shape[target.dim]
-    statistics = [InputStatistics(in_features, stack.device) for _ in range(len(stack))]
+    first = group.targets[0]
+    weight = getattr(module_of(block, name, first), first.parameter)
+    in_features = weight.shape[first.dim]
+    number_of = {target.name: number for number, target in enumerate(group.targets)}
+    experts = len(weight) if first.is_expert_stack else len(number_of)
+    statistics = [InputStatistics(in_features, weight.device) for _ in range(experts)]
 
     def found(read: Read) -> None:
-        for number, rows in enumerate(read.inputs) if read.expert is None else [(read.expert, read.inputs)]:
-            statistics[number].add(rows[rows.any(-1)] if read.expert is None else rows)
+        if not first.is_expert_stack:
+            statistics[number_of[read.target.name]].add(read.inputs)
+        elif read.expert is not None:
+            statistics[read.expert].add(read.inputs)
+        else:
+            for statistic, rows in zip(statistics, read.inputs, strict=True):
+                statistic.add(rows[rows.any(-1)])
 
     for index in range(len(stream)):
-        _run_watched(block, name, [target], stream, index, found)
+        run_watched(block, name, group.targets, stream, index, found)
     for statistic in statistics:
         statistic.all_reduce_()
-    total = InputStatistics(in_features, stack.device)
+    total = InputStatistics(in_features, weight.device)
     for statistic in statistics:
         total.hessian += statistic.hessian
         total.tokens += statistic.tokens
-    total.check(target.name)
+    total.check(_unit(first))
     for statistic in statistics:
         lacking = in_features - statistic.tokens
         if lacking > 0:
@@ -167,7 +211,7 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
             written[output.data_ptr(), output.numel()] = module
 
     def look_up(number: int, args: Any, kwargs: Any) -> None:
-        inputs = _first(args, kwargs)
+        inputs = first_of(args, kwargs)
         made_by[number] = written.get((inputs.data_ptr(), inputs.numel()))
 
     handles = [
@@ -176,10 +220,10 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
     ]
     for number, group in enumerate(groups):
-        if group[0].is_expert_stack:
+        if group.is_mixture:
             continue
         handles.append(
-            module_of(block, name, group[0]).register_forward_pre_hook(
+            module_of(block, name, group.targets[0]).register_forward_pre_hook(
                 lambda _, args, kwargs, number=number: look_up(number, args, kwargs), with_kwargs=True
             )
         )
@@ -191,11 +235,6 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
     return made_by
 
 
-def module_of(block: nn.Module, name: str, target: Target) -> nn.Module:
-    """Return the module of a target, whose path begins with the block's."""
-    return block.get_submodule(target.module_name[len(name) + 1 :])
-
-
 def _first_read(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Read | None:
     """Return what a projection reads for one batch, and run no further than it."""
     caught: list[Read] = []
@@ -204,75 +243,5 @@ def _first_read(block: nn.Module, name: str, target: Target, stream: Stream, ind
         caught.append(read)
         raise StopForward
 
-    _run_watched(block, name, [target], stream, index, catch)
+    run_watched(block, name, [target], stream, index, catch)
     return caught[0] if caught else None
-
-
-def _run_watched(
-    block: nn.Module,
-    name: str,
-    targets: Sequence[Target],
-    stream: Stream,
-    index: int,
-    found: Callable[[Read], None],
-) -> None:
-    """Run a block on one batch and call `found` for each use of a target, in order, until it stops the forward."""
-    handles = []
-    stacks: list[tuple[nn.Parameter, Target]] = []
-    hidden, args, kwargs = stream.call(block, name, index)
-    handed = {value.data_ptr() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
-
-    def reads(target: Target, inputs: Tensor, expert: int | None = None) -> None:
-        kept = stream.kept_tokens(index, inputs, inputs.data_ptr() in handed)
-        found(Read(target, inputs, kept, expert))
-
-    for target in targets:
-        module = module_of(block, name, target)
-        if target.is_expert_stack:
-            stacks.append((getattr(module, target.parameter), target))
-            continue
-
-        def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
-            reads(target, _first(args, kwargs))
-
-        handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
-    try:
-        with _WatchStacks(stacks, reads):
-            block(hidden, *args, **kwargs)
-    except StopForward:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-class _WatchStacks(TorchFunctionMode):
-    """Tells which inputs are multiplied with which expert of a stack, wherever in the model's code that happens."""
-
-    _PRODUCTS = (
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.__matmul__,
-        torch.bmm,
-        torch.Tensor.bmm,
-    )
-
-    def __init__(self, stacks: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
-        super().__init__()
-        self._stacks = stacks
-        self._found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._PRODUCTS and len(args) > 1:
-            for stack, target in self._stacks:
-                offset = args[1].data_ptr() - stack.data_ptr()
-                if args[1].ndim == 3 and offset == 0:
-                    self._found(target, args[0])
-                elif args[1].ndim == 2 and 0 <= offset < stack.nbytes:
-                    self._found(target, args[0], offset // stack[0].nbytes)
-        return func(*args, **(kwargs or {}))

@@ -35,7 +35,7 @@ def smooth_(block: nn.Module, name: str, groups: Sequence[tuple[Group, Tensor]],
     for (group, column_norms), norm in zip(groups, made_by, strict=True):
         if norm is None:
             continue
-        weights = [module_of(block, name, target).weight.movedim(target.dim, -1) for target in group]
+        weights = [module_of(block, name, target).weight.movedim(target.dim, -1) for target in group.targets]
         scale = power_of_two_scale(column_norms, weights)
         if (scale == 1).all():
             continue

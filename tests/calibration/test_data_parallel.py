@@ -11,18 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    SwitchTransformersConfig,
-    SwitchTransformersForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_sparse24 import processes
 from hf_sparse24.calibration.recipe import Recipe
 from hf_sparse24.calibration.sequential import _own_share, prune_sequentially_
 from hf_sparse24.selection import select
 from tests.calibration.test_sequential import assert_2to4
+from tests.families import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,14 +141,8 @@ def test_two_processes_match_and_distil_to_the_same_weights_and_share_a_folder(s
     assert_bit_equal(both[0], again[0])
 
 
-SWITCH = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
-SWITCH |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
-SWITCH |= {"decoder_start_token_id": 0, "pad_token_id": 0, "router_jitter_noise": 0}
-
-
 def test_processes_whose_routers_call_experts_in_another_order_prune_as_one(tmp_path):
-    torch.manual_seed(0)
-    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**SWITCH))
+    model = build("switch")
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.ndim > 1 else 1)
     model.save_pretrained(tmp_path / "dense")

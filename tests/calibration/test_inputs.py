@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_sparse24.calibration.blocks import block_names, block_of, find_chains, record
-from hf_sparse24.calibration.inputs import expert_statistics, find_groups, group_statistics
+from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
 from hf_sparse24.selection import select
 from tests.families import build, inputs
 
@@ -106,7 +106,7 @@ def test_groups_are_the_projections_that_read_one_tensor_in_the_order_of_the_blo
     model = one_by_one(build(family))
     stream = stream_before(model, [inputs(family)], name)
     groups = find_groups(model.get_submodule(name), name, targets_of(model, name), stream)
-    assert [[target.name[len(name) + 1 :] for target in group] for group in groups] == GROUPS[family][name]
+    assert [[target.name[len(name) + 1 :] for target in group.targets] for group in groups] == GROUPS[family][name]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bert", "bart"])
@@ -119,7 +119,7 @@ def test_statistics_are_the_second_moments_that_plain_hooks_see(family):
     stream, block = stream_before(model, batches, name), model.get_submodule(name)
     for group in find_groups(block, name, targets_of(model, name), stream):
         statistics = group_statistics(block, name, group, stream, None)
-        for target in group:
+        for target in group.targets:
             rows = read_by(model, batches, target.module_name)
             assert statistics.tokens == len(rows)
             torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
@@ -131,11 +131,11 @@ def test_cross_statistics_pair_the_dense_inputs_with_the_pruned_ones():
     pruned = copy.deepcopy(dense)
     pruned.model.layers[0].mlp.down_proj.weight.data[:, ::2] = 0
     streams = [stream_before(model, batches, name) for model in (pruned, dense)]
-    group = targets_of(dense, name)[:3]
+    group = Group(targets_of(dense, name)[:3], False)
     statistics = group_statistics(
         pruned.get_submodule(name), name, group, streams[0], (dense.get_submodule(name), streams[1])
     )
-    ours, theirs = (read_by(model, batches, group[0].module_name) for model in (pruned, dense))
+    ours, theirs = (read_by(model, batches, group.targets[0].module_name) for model in (pruned, dense))
     torch.testing.assert_close(statistics.cross.double(), theirs.T @ ours, **SUMS)
     torch.testing.assert_close(statistics.hessian.double(), ours.T @ ours, **SUMS)
 
@@ -156,10 +156,10 @@ def test_padding_is_left_out_of_statistics():
     model, name = build("bert"), "bert.encoder.layer.1"
     batch = inputs("bert") | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     batch["attention_mask"][0, 4:] = 0
-    group = targets_of(model, name)[:3]
+    group = Group(targets_of(model, name)[:3], False)
     stream = stream_before(model, [batch], name)
     statistics = group_statistics(model.get_submodule(name), name, group, stream, None)
-    rows = read_by(model, [batch], group[0].module_name)[batch["attention_mask"].flatten().bool()]
+    rows = read_by(model, [batch], group.targets[0].module_name)[batch["attention_mask"].flatten().bool()]
     assert statistics.tokens == len(rows) == 11
     torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
 
@@ -169,7 +169,7 @@ def tokens_of(model, batch, module):
     (target,) = [target for target in select(model).targets if target.module_name == module]
     name = block_of(module)
     return group_statistics(
-        model.get_submodule(name), name, [target], stream_before(model, [batch], name), None
+        model.get_submodule(name), name, Group([target], False), stream_before(model, [batch], name), None
     ).tokens
 
 
@@ -225,7 +225,7 @@ def test_no_hook_stays_in_a_block():
     stream, block = stream_before(model, some_batches(), name), model.get_submodule(name)
     groups = find_groups(block, name, targets_of(model, name), stream)
     group_statistics(block, name, groups[0], stream, None)
-    expert_statistics(block, name, groups[-1][0], stream)
+    expert_statistics(block, name, groups[-1], stream)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
@@ -266,7 +266,7 @@ def test_expert_statistics_are_those_of_the_tokens_that_the_router_sends(family)
     stacks = [target for target in targets_of(model, name) if target.is_expert_stack]
     assert [target.parameter for target in stacks] == ["gate_up_proj", "down_proj"]
     for target, expected in zip(stacks, routed(model, batches, 0), strict=True):
-        found = expert_statistics(block, name, target, stream)
+        found = expert_statistics(block, name, Group([target], True), stream)
         for rows, statistics in zip(expected, found, strict=True):
             assert len(rows) >= rows.shape[1]
             assert statistics.tokens == len(rows)
@@ -278,7 +278,7 @@ def test_an_expert_with_fewer_tokens_than_inputs_is_completed_with_the_average_t
     stream, block = stream_before(model, batches, name), model.get_submodule(name)
     target = next(target for target in targets_of(model, name) if target.is_expert_stack)
     expected, _ = routed(model, batches, 0)
-    found = expert_statistics(block, name, target, stream)
+    found = expert_statistics(block, name, Group([target], True), stream)
     everything = torch.cat(expected)
     average = everything.T @ everything / len(everything)
     assert min(map(len, expected)) < 32
@@ -298,7 +298,31 @@ def test_an_expert_that_no_token_reaches_is_pruned_for_the_average_token():
     expected, _ = routed(model, batches, 0)
     assert len(expected[2]) == 0
     everything = torch.cat(expected)
-    found = expert_statistics(block, name, target, stream)[2]
+    found = expert_statistics(block, name, Group([target], True), stream)[2]
     torch.testing.assert_close(
         found.hessian.double(), everything.T @ everything * 32 / len(everything), rtol=1e-3, atol=1e-4
     )
+
+
+def test_experts_that_are_modules_are_one_mixture_and_completed_alike():
+    model, name = build("switch"), "encoder.block.1"
+    batches = [{key: torch.randint(3, 96, (1, 3)) for key in ("input_ids", "decoder_input_ids")}]
+    stream, block = stream_before(model, batches, name), model.get_submodule(name)
+    groups = find_groups(block, name, targets_of(model, name), stream)
+    experts = [group for group in groups if group.is_mixture]
+    leaves = [
+        [target.name.removeprefix(f"{name}.layer.1.mlp.experts.") for target in group.targets] for group in experts
+    ]
+    assert leaves == [[f"expert_{number}.{leaf}" for number in range(4)] for leaf in ("wi", "wo")]
+    read = [torch.empty(0, 32).double()] * 4
+    for number, target in enumerate(experts[0].targets):
+        model.get_submodule(target.name).register_forward_pre_hook(
+            lambda _, args, number=number: read.__setitem__(number, args[0].double())
+        )
+    model(**batches[0])
+    assert min(map(len, read)) == 0  # three tokens, four experts
+    average = sum(rows.T @ rows for rows in read) / 3
+    for rows, statistics in zip(read, expert_statistics(block, name, experts[0], stream), strict=True):
+        assert statistics.tokens == 32
+        expected = rows.T @ rows + (32 - len(rows)) * average
+        torch.testing.assert_close(statistics.hessian.double(), expected, **SUMS)

@@ -102,6 +102,23 @@ def test_every_family_becomes_2to4_and_nothing_else_changes(family):
         assert (name in pruned) != torch.equal(value, before[name]), name
 
 
+def test_experts_that_no_token_reaches_are_pruned_too():
+    model = build("switch")
+    walk_(model, [{key: torch.randint(3, 96, (1, 2)) for key in ("input_ids", "decoder_input_ids")}])
+    assert_2to4(model)
+
+
+def test_a_projection_that_no_batch_reaches_is_named_in_full_before_a_weight_changes():
+    model = build("bart")
+    last = model.model.decoder.layers[1]
+    last.encoder_attn.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    before = weights_of(model)
+    path = r"model\.decoder\.layers\.1\.encoder_attn\.k_proj"
+    with pytest.raises(ValueError, match=rf"reached {path}\. .* modules_to_not_convert=\['{path}'\]"):
+        walk_(model, batches_for("bart"), refit="symmetric")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "alps"])
 @pytest.mark.parametrize("refitted", [None, "symmetric", "asymmetric"])
 def test_every_method_runs_with_every_refit(method, refitted):

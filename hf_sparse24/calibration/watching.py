@@ -1,0 +1,108 @@
+"""What projections read, call by call: hooks tell it of modules, and a function mode of 3-D stacks of experts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_sparse24.calibration.blocks import StopForward, Stream
+from hf_sparse24.selection import Target
+
+
+class Read(NamedTuple):
+    """What a projection reads in one call.
+
+    Attributes:
+        target (`Target`): the projection, or the stack of experts.
+        inputs (`Tensor`): (..., in_features).
+        kept (`Tensor`, *optional*): bool, which of its rows are no padding; None where that is not known.
+        expert (`int`, *optional*): which of a stack; None for all of them, (experts, tokens, in_features).
+    """
+
+    target: Target
+    inputs: Tensor
+    kept: Tensor | None
+    expert: int | None
+
+
+def module_of(block: nn.Module, name: str, target: Target) -> nn.Module:
+    """Return the module of a target, whose path begins with the block's."""
+    return block.get_submodule(target.module_name[len(name) + 1 :])
+
+
+def run_watched(
+    block: nn.Module,
+    name: str,
+    targets: Sequence[Target],
+    stream: Stream,
+    index: int,
+    found: Callable[[Read], None],
+) -> None:
+    """Run a block on one batch and call `found` for each use of a target, in order, until it stops the forward."""
+    hidden, args, kwargs = stream.call(block, name, index)
+    handed = {value.data_ptr() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+
+    def reads(target: Target, inputs: Tensor, expert: int | None = None) -> None:
+        kept = stream.kept_tokens(index, inputs, inputs.data_ptr() in handed)
+        found(Read(target, inputs, kept, expert))
+
+    with watching([(target, module_of(block, name, target)) for target in targets], reads), suppress(StopForward):
+        block(hidden, *args, **kwargs)
+
+
+@contextmanager
+def watching(modules: Sequence[tuple[Target, nn.Module]], reads: Callable[..., Any]) -> Iterator[None]:
+    """While active, call `reads(target, inputs)` when a projection runs, and add which of a stack of experts it is."""
+    handles = []
+    stacks: list[tuple[nn.Parameter, Target]] = []
+    for target, module in modules:
+        if target.is_expert_stack:
+            stacks.append((getattr(module, target.parameter), target))
+            continue
+
+        def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
+            reads(target, first_of(args, kwargs))
+
+        handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
+    try:
+        with _WatchStacks(stacks, reads):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first argument of a call, which is what a projection reads."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+class _WatchStacks(TorchFunctionMode):
+    """Tells which inputs are multiplied with which expert of a stack, wherever in the model's code that happens."""
+
+    _PRODUCTS = (
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+    )
+
+    def __init__(self, stacks: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
+        super().__init__()
+        self._stacks = stacks
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._PRODUCTS and len(args) > 1:
+            for stack, target in self._stacks:
+                offset = args[1].data_ptr() - stack.data_ptr()
+                if args[1].ndim == 3 and offset == 0:
+                    self._found(target, args[0])
+                elif args[1].ndim == 2 and 0 <= offset < stack.nbytes:
+                    self._found(target, args[0], offset // stack[0].nbytes)
+        return func(*args, **(kwargs or {}))
