@@ -96,6 +96,8 @@ ODD_FAMILIES = {
         {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 96}
         | {"tie_word_embeddings": False},
     ),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", EXPERTS | {"intermediate_size_mlp": 64}),
     "switch": (
         "SwitchTransformersForConditionalGeneration",
         "SwitchTransformersConfig",

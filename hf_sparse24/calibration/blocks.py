@@ -82,17 +82,23 @@ class Stream:
 
         Args:
             index (`int`): the number of the batch.
-            states (`Tensor`): (batch, tokens, features). With as many tokens as the hidden states it is taken for
-                theirs, else for those of what the block is handed beside them.
+            states (`Tensor`): (batch, tokens, features) or (batch * tokens, features). With as many tokens as the
+                hidden states it is taken for theirs, else for those of what the block is handed beside them.
             handed (`bool`): it is something that the block is handed.
 
         Returns:
             `Tensor`: bool, the shape of `states` without its last dimension, False for padding.
         """
         rows = states.shape[:-1]
-        own = not handed and rows == self.hidden[index].shape[:2]
+        own = not handed and _same_rows(rows, self.hidden[index].shape[:2])
         mask = self._masks[index].own if own else self._masks[index].handed
-        return mask.to(states.device) if mask is not None and rows == mask.shape else None
+        fits = mask is not None and _same_rows(rows, mask.shape)
+        return mask.to(states.device).reshape(rows) if mask is not None and fits else None
+
+
+def _same_rows(rows: torch.Size, tokens: torch.Size) -> bool:
+    """Tell whether rows are (batch, tokens), flattened or not."""
+    return rows in (tokens, (tokens.numel(),))
 
 
 def block_names(model: nn.Module, targets: Sequence[str]) -> list[str]:

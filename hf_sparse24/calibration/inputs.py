@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import StopForward, Stream
-from hf_sparse24.calibration.watching import Read, first_of, module_of, run_watched, watching
+from hf_sparse24.calibration.watching import Read, first_of, module_of, padding_marked, run_watched, watching
 from hf_sparse24.selection import Target
 from hf_sparse24.statistics import InputStatistics, no_token_reached
 
@@ -174,16 +174,15 @@ def expert_statistics(block: nn.Module, name: str, group: Group, stream: Stream)
     statistics = [InputStatistics(in_features, weight.device) for _ in range(experts)]
 
     def found(read: Read) -> None:
-        if not first.is_expert_stack:
-            statistics[number_of[read.target.name]].add(read.inputs)
-        elif read.expert is not None:
-            statistics[read.expert].add(read.inputs)
-        else:
-            for statistic, rows in zip(statistics, read.inputs, strict=True):
-                statistic.add(rows[rows.any(-1)])
+        at_once = first.is_expert_stack and read.expert is None  # zeros stand for what is routed elsewhere
+        number = number_of[read.target.name] if read.expert is None else read.expert
+        for expert, rows in enumerate(read.inputs) if at_once else [(number, read.inputs)]:
+            is_padding = rows.isnan().all(-1)
+            statistics[expert].add(rows[~is_padding & rows.any(-1) if at_once else ~is_padding])
 
     for index in range(len(stream)):
-        run_watched(block, name, group.targets, stream, index, found)
+        with padding_marked(block, name, first, stream, index):
+            run_watched(block, name, group.targets, stream, index, found)
     for statistic in statistics:
         statistic.all_reduce_()
     total = InputStatistics(in_features, weight.device)

@@ -54,6 +54,37 @@ def run_watched(
 
 
 @contextmanager
+def padding_marked(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Iterator[None]:
+    """While active, padding that enters the mixture of an expert is NaN, and so is all that its experts read of it.
+
+    A router sends tokens where no mask follows them. They are marked in the outermost module around the experts that
+    is called with all of them: there is no attention in it that could spread them.
+    """
+    parts = target.module_name[len(name) + 1 :].split(".")
+    handles = []
+    marked = False
+
+    def mark(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        nonlocal marked
+        states = first_of(args, kwargs)
+        kept = None if marked else stream.kept_tokens(index, states)
+        if kept is None:
+            return None
+        marked = True
+        states = states.masked_fill(~kept.unsqueeze(-1), torch.nan)
+        return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): states})
+
+    for end in range(1, len(parts) + target.is_expert_stack):
+        module = block.get_submodule(".".join(parts[:end]))
+        handles.append(module.register_forward_pre_hook(mark, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watching(modules: Sequence[tuple[Target, nn.Module]], reads: Callable[..., Any]) -> Iterator[None]:
     """While active, call `reads(target, inputs)` when a projection runs, and add which of a stack of experts it is."""
     handles = []

@@ -61,7 +61,7 @@ def without_gradients():
 
 def one_by_one(model):
     """Let a mixture run its experts one after another, as the walk does."""
-    if model.config.model_type in MIXTURES:
+    if model.config.model_type in [*MIXTURES, "qwen2_moe"]:
         model.set_experts_implementation("eager")
     return model
 
@@ -326,3 +326,30 @@ def test_experts_that_are_modules_are_one_mixture_and_completed_alike():
         assert statistics.tokens == 32
         expected = rows.T @ rows + (32 - len(rows)) * average
         torch.testing.assert_close(statistics.hessian.double(), expected, **SUMS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe", "llama4", "switch"])
+def test_what_stands_under_a_mask_has_no_part_in_the_statistics_of_a_mixture(family):
+    """To the right of the text, where a model with a mask never reads it: other padding changes nothing."""
+    found = []
+    for filler in (3, 90):
+        model = eager(family) if family != "llama4" else build(family)
+        mask = padded(12, 5, 9, 12)
+        tokens = torch.where(mask.bool(), torch.arange(36).view(3, 12) * 7 % 90 + 3, filler)
+        batch = {"input_ids": tokens, "attention_mask": mask}
+        if family == "switch":
+            batch |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+        targets = select(model).targets
+        name = block_of(next(target.name for target in targets if "experts" in target.name))
+        stream, block = stream_before(model, [batch], name), model.get_submodule(name)
+        found.append([])
+        for group in find_groups(block, name, targets_of(model, name), stream):
+            if group.is_mixture:
+                found[-1] += expert_statistics(block, name, group, stream)
+            else:
+                found[-1].append(group_statistics(block, name, group, stream, None))
+                assert found[-1][-1].tokens == 26
+    assert len(found[0]) > 8
+    for left, right in zip(*found, strict=True):
+        assert left.tokens == right.tokens
+        torch.testing.assert_close(left.hessian, right.hessian, **SUMS)
