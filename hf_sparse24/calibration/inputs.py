@@ -32,12 +32,14 @@ class Group(NamedTuple):
     """Projections that are pruned together.
 
     Attributes:
-        targets (`list[Target]`): what reads one tensor; or one projection of all experts, as a stack or one by one.
+        targets (`list[Target]`): what reads the same tensors; or one projection of all experts, stacked or one by one.
         is_mixture (`bool`): whether they are experts.
+        calls (`int`): how often a forward pass calls each: in DeBERTa also on the embeddings of relative positions.
     """
 
     targets: list[Target]
-    is_mixture: bool
+    is_mixture: bool = False
+    calls: int = 1
 
 
 def mixture_of(target: Target) -> str | None:
@@ -83,34 +85,30 @@ def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: 
     """
     groups: list[Group] = []
     missing = _units(targets)
-    for units in itertools.chain.from_iterable(processes.gather(_groups_seen(block, name, missing, stream))):
+    for units, calls in itertools.chain.from_iterable(processes.gather(_groups_seen(block, name, missing, stream))):
         group = [target for unit in units for target in missing.pop(unit, [])]
         if group:
-            groups.append(Group(group, mixture_of(group[0]) is not None))
+            groups.append(Group(group, mixture_of(group[0]) is not None, calls))
     check_reached(missing)
     return groups
 
 
-def _groups_seen(block: nn.Module, name: str, units: Units, stream: Stream) -> list[list[str]]:
-    """Return the groups that this process's batches reach, from as few of them as reach all."""
+def _groups_seen(block: nn.Module, name: str, units: Units, stream: Stream) -> list[tuple[list[str], int]]:
+    """Return the groups that this process's batches reach, with their calls, from as few batches as reach all."""
     missing = dict(units)
-    groups: list[list[str]] = []
+    groups: list[tuple[list[str], int]] = []
     for index in range(len(stream)):
-        by_input: dict[tuple[Any, ...], list[str]] = {}
-        held = []  # keeps the inputs alive, so that an address means one tensor
-
-        def found(read: Read, by_input: Any = by_input, held: Any = held) -> None:
-            held.append(read.inputs)
-            unit = _unit(read.target)
-            if missing.pop(unit, None) is None:
-                return
+        reads: list[Read] = []  # keeps the inputs alive, so that an address means one tensor
+        run_watched(block, name, list(itertools.chain(*missing.values())), stream, index, reads.append)
+        inputs: dict[str, list[tuple[Any, ...]]] = {}
+        for read in reads:
             memory = (read.inputs.data_ptr(), read.inputs.numel(), read.inputs.dtype)
-            key = memory if mixture_of(read.target) is None else (unit,)
-            if key not in by_input:
-                groups.append(by_input.setdefault(key, []))
-            by_input[key].append(unit)
-
-        run_watched(block, name, list(itertools.chain(*missing.values())), stream, index, found)
+            inputs.setdefault(_unit(read.target), []).append(memory)
+        by_inputs: dict[Any, list[str]] = {}
+        for unit, memories in inputs.items():
+            is_mixture = mixture_of(missing.pop(unit)[0]) is not None
+            by_inputs.setdefault(unit if is_mixture else tuple(memories), []).append(unit)
+        groups += [(found, len(inputs[found[0]])) for found in by_inputs.values()]
         if not missing:
             break
     return groups
@@ -145,12 +143,10 @@ def group_statistics(
     in_features = weight.shape[first.dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
-        read = _first_read(block, name, first, stream, index)
-        if read is None:  # this batch does not use the module
-            continue
-        followed = None if dense is None else _first_read(dense[0], name, first, dense[1], index)
-        if followed is not None or dense is None:
-            statistics.add(read.inputs, None if followed is None else followed.inputs, read.kept)
+        reads = _reads(block, name, group, stream, index)
+        followed = reads if dense is None else _reads(dense[0], name, group, dense[1], index)
+        for read, dense_read in zip(reads, followed, strict=False):  # none where a batch does not use the module
+            statistics.add(read.inputs, None if dense is None else dense_read.inputs, read.kept)
     statistics.all_reduce_()
     statistics.check(first.name)
     if statistics.tokens < in_features:
@@ -234,13 +230,14 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
     return made_by
 
 
-def _first_read(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Read | None:
-    """Return what a projection reads for one batch, and run no further than it."""
-    caught: list[Read] = []
+def _reads(block: nn.Module, name: str, group: Group, stream: Stream, index: int) -> list[Read]:
+    """Return what the projections of a group read for one batch, call by call, and run no further than the last."""
+    reads: list[Read] = []
 
     def catch(read: Read) -> None:
-        caught.append(read)
-        raise StopForward
+        reads.append(read)
+        if len(reads) == group.calls:
+            raise StopForward
 
-    run_watched(block, name, [target], stream, index, catch)
-    return caught[0] if caught else None
+    run_watched(block, name, group.targets[:1], stream, index, catch)
+    return reads

@@ -126,6 +126,26 @@ def test_statistics_are_the_second_moments_that_plain_hooks_see(family):
         assert statistics.cross is None
 
 
+def test_a_projection_that_is_called_twice_has_the_statistics_of_both_inputs():
+    relative = {
+        "share_att_key": True,
+        "position_buckets": 8,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+    }
+    model, batches, name = build("deberta-v2", **relative), some_batches(), "deberta.encoder.layer.1"
+    stream, block = stream_before(model, batches, name), model.get_submodule(name)
+    groups = find_groups(block, name, targets_of(model, name), stream)
+    leaves = [[target.name.rpartition(".")[2] for target in group.targets] for group in groups]
+    assert leaves[:2] == [["query_proj", "key_proj"], ["value_proj"]]
+    assert [group.calls for group in groups[:3]] == [2, 1, 1]
+    rows = read_by(model, batches, f"{name}.attention.self.key_proj")
+    statistics = group_statistics(block, name, groups[0], stream, (block, stream))
+    assert statistics.tokens == len(rows) > 3 * 22
+    torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
+    torch.testing.assert_close(statistics.cross.double(), rows.T @ rows, **SUMS)
+
+
 def test_cross_statistics_pair_the_dense_inputs_with_the_pruned_ones():
     dense, batches, name = build("llama"), some_batches(), "model.layers.1"
     pruned = copy.deepcopy(dense)
