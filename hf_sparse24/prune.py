@@ -96,16 +96,21 @@ def prune_calibrated_(
 ) -> dict[str, Any]:
     """Prune the targets of a selection on calibration data, and return what is to be recorded of it."""
     processes.join()
-    batches = calibration_batches(
-        data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
-    )
+    with processes.together():
+        batches = calibration_batches(
+            data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
+        )
     recipe = recipe_of(config, method, config.calibration_device or next(model.parameters()).device)
     if torch.is_inference_mode_enabled() and (recipe.matching is not None or recipe.distillation is not None):
         raise ValueError(
             "Block matching and distillation train, which torch.inference_mode() forbids. Prune outside of it, or "
             "with match_blocks=False and distill=False."
         )
-    reason = _why_not_distilled(model, selection, batches) if recipe.distillation is not None else None
+    reason = None
+    if recipe.distillation is not None:
+        with processes.together():
+            reason = _why_not_distilled(model, selection, batches)
+        reason = next(filter(None, processes.gather(reason)), None)  # each GPU has another amount of free memory
     if reason is not None and config.distill:
         raise ValueError(f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False.")
     if reason is not None:

@@ -59,6 +59,36 @@ if job["processes"] > 1:
     dist.destroy_process_group()
 """
 
+# The same beginning; then things go wrong in the second process alone.
+FAULTS = """
+from hf_sparse24 import Sparse24Config, prune
+from hf_sparse24.calibration import distillation
+
+def why_not(*args):
+    return "it takes 9 GB" if rank else None
+
+def out_of_memory(*args, measure=distillation.kl_divergence):
+    calls.append(args)
+    if rank and len(calls) == 5:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return measure(*args)
+
+calls, told = [], {}
+config = Sparse24Config(method="wanda", distill=True, match_blocks=False, dataset=batches)
+usual, prune._why_not_distilled = prune._why_not_distilled, why_not
+try:
+    prune.prune_(model, config)
+except ValueError as error:
+    told["refused"] = str(error)
+prune._why_not_distilled, distillation.kl_divergence = usual, out_of_memory
+prune.prune_(model, config)
+told["distilled"] = "distilled" in model.config.sparse24["calibration"]
+told["calls"] = len(calls)
+save_file({key: value.clone() for key, value in model.state_dict().items()}, f"{job['out']}-{rank}.safetensors")
+json.dump(told, open(f"{job['out']}-{rank}.json", "w"))
+dist.destroy_process_group()
+"""
+
 
 @pytest.fixture
 def source(tiny_llama, tmp_path):
@@ -139,6 +169,17 @@ def test_two_processes_match_and_distil_to_the_same_weights_and_share_a_folder(s
     assert_2to4(model)
     again, _ = run(source, "again", 2, "magnitude", matching=True, distillation=True, progress=source / "progress")
     assert_bit_equal(both[0], again[0])
+
+
+def test_what_fails_in_one_process_is_given_up_in_all(source):
+    script = source / "process.py"
+    script.write_text(script.read_text().partition("recipe = ")[0] + FAULTS)
+    both, told = run(source, "two", 2)
+    assert told[0] == told[1]
+    assert "cannot distill LlamaForCausalLM: it takes 9 GB" in told[0]["refused"]
+    assert not told[0]["distilled"]
+    assert told[0]["calls"] == 5
+    assert_bit_equal(*both)
 
 
 def test_processes_whose_routers_call_experts_in_another_order_prune_as_one(tmp_path):
