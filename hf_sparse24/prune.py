@@ -22,6 +22,7 @@ from hf_sparse24.nn import Sparse24Linear
 from hf_sparse24.pattern import check_finite, check_present, find_violations, prune_into
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
+from hf_sparse24.version import __version__
 
 logger = logging.get_logger(__name__)
 
@@ -164,6 +165,7 @@ def _progress(
         "targets": [target.name for target in selection.targets],
         "data": fingerprint_data(batches),
         "model": fingerprint_model(model),
+        "version": __version__,
     }
     return Progress(folder, description)
 

@@ -569,6 +569,21 @@ class TestResuming:
         assert len({fingerprint_data([{"x": kind}]) for kind in kinds}) == len(kinds)
         assert fingerprint_data([{"x": tokens}]) == fingerprint_data([{"x": tokens.clone()}])
 
+    def test_fingerprints_tell_what_is_inside_lists_and_beside_tensors(self):
+        def batch(value=0.0, size=3, flag=True, name="a"):
+            return {"images": [torch.full((size,), value)], "more": {"flag": flag, name: (1, None)}}
+
+        batches = [batch(), batch(1.0), batch(size=4), batch(flag=False), batch(name="b")]
+        batches += [batch() | {"images": batch()["images"] * 2}, batch() | {"images": torch.zeros(1, 3)}]
+        assert len({fingerprint_data([kind]) for kind in batches}) == len(batches)
+        assert fingerprint_data([batch()]) == fingerprint_data([batch()])
+
+    def test_blocks_of_another_version_are_refused(self, tmp_path, monkeypatch):
+        prune_(larger("llama"), self.request(tmp_path, method="wanda"))
+        monkeypatch.setattr("hf_sparse24.prune.__version__", "0.0.1")
+        with pytest.raises(ValueError, match="holds the blocks of another run: version differ"):
+            prune_(larger("llama"), self.request(tmp_path, method="wanda"))
+
 
 def test_weights_that_are_not_there_or_not_finite_are_refused_before_anything_is_run():
     model = larger("llama")
