@@ -154,11 +154,7 @@ def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[li
     def left(name: str, output: Any) -> None:
         nonlocal written
         written = hidden_of(output).clone()  # what the model adds to it in place belongs to no block
-        if not written.isfinite().all():
-            raise _Refused(
-                f"The dense model's hidden states behind {name} hold NaN or Inf for the first calibration batch. "
-                "Check the data, or load the model in bfloat16 or float32."
-            )
+        _check_finite(written, name, 0)
 
     try:
         with _hooked(model, names, entered, left):
@@ -189,6 +185,9 @@ def record(
         batches (`Sequence[dict]`): model inputs.
         chains (`Sequence[list[str]]`): some of the model's chains, in order.
         device (`torch.device`, *optional*): where each block runs in its turn, when the model lives elsewhere.
+
+    Raises:
+        `ValueError`: a batch does not reach a chain, or a block writes what is not finite.
     """
     first = {chain[0]: number for number, chain in enumerate(chains)}
     names = [name for chain in chains for name in chain]
@@ -204,6 +203,7 @@ def record(
             masks[first[name]].append(masks_of_stack(model, name, told))
 
     def left(name: str, output: Any) -> None:
+        _check_finite(hidden_of(output), name, len(calls) - 1)
         if name == names[-1]:
             raise StopForward
 
@@ -224,6 +224,14 @@ def record(
                 "Give batches that each use the whole model."
             )
     return [Stream(states, calls, tokens) for states, tokens in zip(hidden, masks, strict=True)]
+
+
+def _check_finite(hidden: Tensor, name: str, number: int) -> None:
+    if not hidden.isfinite().all():
+        raise _Refused(
+            f"The model's hidden states behind {name} hold NaN or Inf for calibration batch {number}, counted from 0 "
+            "in each process. Check the data, or load the model in bfloat16 or float32."
+        )
 
 
 def hidden_of(output: Any) -> Tensor:

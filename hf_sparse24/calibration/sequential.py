@@ -87,7 +87,8 @@ def _walk(
     dense = recorded if pruner.recipe.follows_dense else [None] * len(chains)
     del recorded  # hidden states that nobody follows take memory
     for number, chain in enumerate(chains):
-        stream = record(pruner.model, batches, [chain], pruner.device)[0] if number else first
+        with processes.together():
+            stream = record(pruner.model, batches, [chain], pruner.device)[0] if number else first
         pruner.follow = dense[number]
         for name in chain:
             bar.set_postfix_str(name)

@@ -604,6 +604,17 @@ def test_a_model_that_overflows_is_refused_before_a_weight_changes():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_later_batch_that_overflows_is_refused_before_a_weight_changes():
+    model = larger("llama")
+    batches = [{"inputs_embeds": torch.randn(2, 8, 32)} for _ in range(3)]
+    batches[2]["inputs_embeds"][1, 3, 5] = float("inf")
+    before = weights_of(model)
+    message = r"hidden states behind model\.layers\.0 hold NaN or Inf for calibration batch 2, counted from 0"
+    with pytest.raises(ValueError, match=message):
+        walk_(model, batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 class TestRefusedBeforeAWeightChanges:
     def refused(self, message, config, batches, model=None):
         model = model or build("llama")
