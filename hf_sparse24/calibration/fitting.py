@@ -2,8 +2,8 @@
 
 Weights are trained in float32 whatever the model's dtype, since one step is smaller than the last bit of a bfloat16
 weight; on a GPU, and for a model in 16 bits, the products are bfloat16. A mask takes pruned weights out of the
-gradient, so that Adam's moments for them stay zero and so do they. Some batches are held out and only choose the best
-state, which may be the first.
+gradient, so that Adam's moments for them stay zero, and is applied again after every step. Some batches are held out
+and only choose the best state, which may be the first.
 """
 
 import math
@@ -120,6 +120,8 @@ def _train(
                     parameter.grad.mul_(mask)
             with processes.together():
                 optimizer.step()
+            for parameter, mask in masks.items():
+                parameter.data.masked_fill_(~mask, 0.0)
             cosine.step()
             if step % epoch == 0 or step == schedule.steps:
                 found = _mean_loss(loss, test)

@@ -663,6 +663,21 @@ def test_a_training_that_fails_leaves_the_best_state():
     assert torch.equal(weight.detach(), torch.ones(4))
 
 
+def test_pruned_weights_stay_zero_whatever_the_optimizer_does(monkeypatch):
+    class Restless(torch.optim.Adam):
+        def step(self):
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data += 1
+
+    monkeypatch.setattr(torch.optim, "Adam", Restless)
+    weight, mask = torch.nn.Parameter(torch.tensor([1.0, 0.0, 2.0, 0.0])), torch.tensor([True, False, True, False])
+    fit_([weight], {weight: mask}, lambda _: -weight.sum(), 2, Schedule(steps=3, learning_rate=0.1), seed=0)
+    assert weight[0] > 3
+    assert weight.tolist()[1::2] == [0.0, 0.0]
+
+
 def test_models_that_differ_anywhere_have_other_fingerprints():
     def changed(change):
         model = build("llama")
