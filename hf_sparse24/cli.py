@@ -1,6 +1,7 @@
 """`hf-sparse24`: prune, evaluate, bench, card, push and their like. Parses, calls and prints; decides nothing."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from hf_sparse24 import measuring, publishing
+from hf_sparse24 import measuring, processes, publishing
 from hf_sparse24.benchmark import commands as benchmark_commands
 from hf_sparse24.benchmark.shapes import model_shapes, read_config, skeleton
 from hf_sparse24.benchmark.tuning import MOST_TOKENS
@@ -128,6 +129,8 @@ def prune(
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-wanda --dataset book.txt --method wanda --no-refit --no-match-blocks
 
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-masked --no-pack --modules-to-not-convert down_proj
+
+        torchrun --nproc-per-node 8 --no-python hf-sparse24 prune ./Llama ./Llama-2of4 --dataset book.txt
     """
     config = Sparse24Config(
         method=method,
@@ -145,10 +148,14 @@ def prune(
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
-    with new_folder(out, model, force) as folder:
+    processes.join()
+    with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
         pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
-        save_with_companions(pruned, model, folder)
-    _print_report(sparsity_report(pruned), as_json)
+        if folder is not None:
+            save_with_companions(pruned, model, folder)
+    if processes.is_first():
+        _print_report(sparsity_report(pruned), as_json)
+    processes.leave()
 
 
 @app.command(rich_help_panel=_BESIDE)

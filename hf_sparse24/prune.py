@@ -23,6 +23,7 @@ from hf_sparse24.pattern import check_finite, check_present, find_violations, pr
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.selection import Selection, Target, select
 from hf_sparse24.shards import check_shards, is_sharded, local
+from hf_sparse24.version import __version__
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +43,9 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
     Without calibration data one matrix at a time: the peak is the model and at most one copy of a matrix. (Weights
     that are mapped from a file count twice until the last of them is replaced: the file's pages stay, as cache.) With
     data it is the model, a second copy of one block, the hidden states of all batches and a layer's Hessian.
+
+    In each process of torchrun or accelerate launch, called with the same arguments, it walks a share of the data and
+    leaves the same weights. Where there is no process group yet, one is made then.
 
     Args:
         model (`nn.Module`): a transformers model, on any device.
@@ -94,16 +98,22 @@ def prune_calibrated_(
 ) -> dict[str, Any]:
     """Prune the targets of a selection on calibration data, and return what is to be recorded of it."""
     _refuse_shards(model, selection)
-    batches = calibration_batches(
-        data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
-    )
+    processes.join()
+    with processes.together():
+        batches = calibration_batches(
+            data, model, config.tokenizer, config.num_samples, config.sequence_length, config.batch_size, config.seed
+        )
     recipe = recipe_of(config, method, config.calibration_device or next(model.parameters()).device)
     if torch.is_inference_mode_enabled() and (recipe.matching is not None or recipe.distillation is not None):
         raise ValueError(
             "Block matching and distillation train, which torch.inference_mode() forbids. Prune outside of it, or "
             "with match_blocks=False and distill=False."
         )
-    reason = _why_not_distilled(model, selection, batches) if recipe.distillation is not None else None
+    reason = None
+    if recipe.distillation is not None:
+        with processes.together():
+            reason = _why_not_distilled(model, selection, batches)
+        reason = next(filter(None, processes.gather(reason)), None)  # each GPU has another amount of free memory
     if reason is not None and config.distill:
         raise ValueError(f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False.")
     if reason is not None:
@@ -157,6 +167,7 @@ def _progress(
         "targets": [target.name for target in selection.targets],
         "data": fingerprint_data(batches),
         "model": fingerprint_model(model),
+        "version": __version__,
     }
     return Progress(folder, description)
 

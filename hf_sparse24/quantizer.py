@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
+from hf_sparse24 import processes
 from hf_sparse24.capability import check_backend
 from hf_sparse24.checkpoint import check_packed_files, contents_of
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
@@ -59,6 +60,8 @@ class Sparse24HfQuantizer(HfQuantizer):
         check_backend(self.quantization_config.backend)
         if not self.pre_quantized:
             check_method(self.quantization_config)
+            if self.quantization_config.dataset is not None:
+                processes.join()  # sets this process's GPU before anything is put there
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """On the meta device: check the names that the user gave, or make room for packed weights."""

@@ -71,10 +71,7 @@ class InputStatistics:
             name (`str`): how the projection is called in the message.
         """
         if not self.tokens:
-            raise ValueError(
-                f"No calibration token reached {name}. Give calibration inputs that use it, or keep it dense with "
-                f"modules_to_not_convert=['{name.rpartition('.')[2]}']."
-            )
+            raise ValueError(no_token_reached(name))
         finite = self.hessian.diagonal().isfinite().all()
         if self.cross is not None:
             finite &= self.cross.diagonal().isfinite().all()
@@ -88,6 +85,14 @@ class InputStatistics:
     def column_norms(self) -> Tensor:
         """(K,) float32: the L2 norm of each input feature over all tokens."""
         return self.hessian.diagonal().clamp_min(0).sqrt()
+
+
+def no_token_reached(name: str) -> str:
+    """Return the message for a projection that no calibration data reached, or for all experts: `experts.*.w1`."""
+    return (
+        f"No calibration token reached {name}. Give calibration inputs that use it, or keep it dense with "
+        f"modules_to_not_convert=['{name.partition('.*')[0]}']."
+    )
 
 
 def gram(left: Tensor, right: Tensor) -> Tensor:

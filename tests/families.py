@@ -89,7 +89,8 @@ SWIN = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [1] * 4, "window_size":
 SWIN |= {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 WIDE_TEXT = {**SIZE, "hidden_size": 64, "num_attention_heads": 2}
 
-# What only some tests are about: layers that share their weights, casts to the dtype of a weight, attention of torch.
+# What only some tests are about: layers that share their weights, casts to the dtype of a weight, attention of torch,
+# experts that are modules.
 ODD_FAMILIES = {
     "zamba": (
         "ZambaForCausalLM",
@@ -119,6 +120,15 @@ ODD_FAMILIES = {
         | {"num_layers": 1, "num_key_value_heads": 4, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 16}
         | {"n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "q_lora_rank": 16, "kv_lora_rank": 16}
         | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    ),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", EXPERTS | {"intermediate_size_mlp": 64}),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+        | {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4, "vocab_size": 96}
+        | {"decoder_start_token_id": 0, "pad_token_id": 0, "router_jitter_noise": 0},
     ),
     "seamless_m4t": (
         "SeamlessM4TForTextToText",
@@ -160,7 +170,7 @@ def inputs(family):
     pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
     if family == "whisper":
         return {"input_features": torch.randn(2, 80, 3000)} | decoder
-    if family in ("t5", "bart"):
+    if family in ("t5", "bart", "switch"):
         return tokens | decoder
     if family in ("vit", "dinov2", "dinov2_swiglu"):
         return pixels

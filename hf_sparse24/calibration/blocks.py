@@ -20,9 +20,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Cache
 
+from hf_sparse24.calibration.token_masks import TokenMasks, Told, listening, masks_of_stack
+
 Batch = dict[str, Any]
 
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+_IGNORED = -100  # the label of padding, as losses in torch have it
 
 
 class StopForward(Exception):
@@ -47,43 +50,55 @@ class Stream:
         hidden (`list[Tensor]`): one a batch, (batch, tokens, features).
     """
 
-    def __init__(self, hidden: list[Tensor], calls: list[dict[str, BlockCall]], batches: Sequence[Batch]) -> None:
+    def __init__(self, hidden: list[Tensor], calls: list[dict[str, BlockCall]], masks: Sequence[TokenMasks]) -> None:
         self.hidden = hidden
         self._calls = calls
-        self._batches = batches
+        self._masks = masks
 
     def copy(self) -> "Stream":
         """Return a stream that moves on its own from here."""
-        return Stream(list(self.hidden), self._calls, self._batches)
+        return Stream(list(self.hidden), self._calls, self._masks)
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return len(self.hidden)
 
+    def call(self, block: nn.Module, name: str, index: int) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """Return what a block is called with for one batch, on the block's device: hidden states first."""
+        call = self._calls[index][name]
+        return send_to_device((self.hidden[index], call.args, call.kwargs), next(block.parameters()).device)
+
     def run(self, block: nn.Module, name: str, index: int) -> Tensor:
         """Run a block on one batch and return its hidden states, on the block's device."""
-        device = next(block.parameters()).device
-        call = self._calls[index][name]
-        hidden, args, kwargs = send_to_device((self.hidden[index], call.args, call.kwargs), device)
+        hidden, args, kwargs = self.call(block, name, index)
         return hidden_of(block(hidden, *args, **kwargs))
 
     def outputs(self, block: nn.Module, name: str) -> list[Tensor]:
         """Return the block's hidden states for every batch, kept where those of the stream are."""
         return [self.run(block, name, index).to(hidden.device) for index, hidden in enumerate(self.hidden)]
 
-    def kept_tokens(self, name: str, index: int, shape: torch.Size) -> Tensor | None:
-        """Return a bool mask (batch, tokens), False for padding, for a tensor (batch, tokens, ...) in a block.
+    def kept_tokens(self, index: int, states: Tensor, handed: bool = False) -> Tensor | None:
+        """Return which rows of a tensor in a block are real tokens, or None where that is not known.
 
-        None where the batch has no mask of that shape. Inside a decoder the decoder's mask comes first.
+        Args:
+            index (`int`): the number of the batch.
+            states (`Tensor`): (batch, tokens, features) or (batch * tokens, features). With as many tokens as the
+                hidden states it is taken for theirs, else for those of what the block is handed beside them.
+            handed (`bool`): it is something that the block is handed.
+
+        Returns:
+            `Tensor`: bool, the shape of `states` without its last dimension, False for padding.
         """
-        keys = ["attention_mask", "decoder_attention_mask"]
-        if "decoder" in name.split("."):
-            keys.reverse()
-        for key in keys:
-            mask = self._batches[index].get(key)
-            if mask is not None and mask.shape == shape[:2]:
-                return mask.bool()
-        return None
+        rows = states.shape[:-1]
+        own = not handed and _same_rows(rows, self.hidden[index].shape[:2])
+        mask = self._masks[index].own if own else self._masks[index].handed
+        fits = mask is not None and _same_rows(rows, mask.shape)
+        return mask.to(states.device).reshape(rows) if mask is not None and fits else None
+
+
+def _same_rows(rows: torch.Size, tokens: torch.Size) -> bool:
+    """Tell whether rows are (batch, tokens), flattened or not."""
+    return rows in (tokens, (tokens.numel(),))
 
 
 def block_names(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -139,11 +154,7 @@ def find_chains(model: nn.Module, batch: Batch, names: Sequence[str]) -> list[li
     def left(name: str, output: Any) -> None:
         nonlocal written
         written = hidden_of(output).clone()  # what the model adds to it in place belongs to no block
-        if not written.isfinite().all():
-            raise _Refused(
-                f"The dense model's hidden states behind {name} hold NaN or Inf for the first calibration batch. "
-                "Check the data, or load the model in bfloat16 or float32."
-            )
+        _check_finite(written, name, 0)
 
     try:
         with _hooked(model, names, entered, left):
@@ -174,18 +185,25 @@ def record(
         batches (`Sequence[dict]`): model inputs.
         chains (`Sequence[list[str]]`): some of the model's chains, in order.
         device (`torch.device`, *optional*): where each block runs in its turn, when the model lives elsewhere.
+
+    Raises:
+        `ValueError`: a batch does not reach a chain, or a block writes what is not finite.
     """
     first = {chain[0]: number for number, chain in enumerate(chains)}
     names = [name for chain in chains for name in chain]
     hidden: list[list[Tensor]] = [[] for _ in chains]
+    masks: list[list[TokenMasks]] = [[] for _ in chains]
     calls: list[dict[str, BlockCall]] = []
+    told: Told = {}
 
     def entered(name: str, states: Tensor, call: BlockCall) -> None:
         calls[-1][name] = call
         if name in first:
             hidden[first[name]].append(states)
+            masks[first[name]].append(masks_of_stack(model, name, told))
 
     def left(name: str, output: Any) -> None:
+        _check_finite(hidden_of(output), name, len(calls) - 1)
         if name == names[-1]:
             raise StopForward
 
@@ -193,9 +211,11 @@ def record(
     with ExitStack() as stack:
         if device is not None:
             stack.enter_context(_borrowing(model, blocks, device))
+        stack.enter_context(listening(model, list(first), told))
         stack.enter_context(_hooked(model, names, entered, left))
         for batch in batches:
             calls.append({})
+            told.clear()
             _forward(model, batch)
     for chain, states in zip(chains, hidden, strict=True):
         if len(states) != len(batches):
@@ -203,7 +223,15 @@ def record(
                 f"{len(batches) - len(states)} of {len(batches)} calibration batches do not reach {chain[0]}. "
                 "Give batches that each use the whole model."
             )
-    return [Stream(states, calls, batches) for states in hidden]
+    return [Stream(states, calls, tokens) for states, tokens in zip(hidden, masks, strict=True)]
+
+
+def _check_finite(hidden: Tensor, name: str, number: int) -> None:
+    if not hidden.isfinite().all():
+        raise _Refused(
+            f"The model's hidden states behind {name} hold NaN or Inf for calibration batch {number}, counted from 0 "
+            "in each process. Check the data, or load the model in bfloat16 or float32."
+        )
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -287,13 +315,19 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
         key: value.to(parameter.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for key, value in send_to_device(dict(batch), parameter.device).items()
     }
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(model.forward).parameters
+    if "use_cache" in takes:
         inputs["use_cache"] = False
     reads_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if reads_labels and "labels" in inputs and not any(key in inputs for key in _DECODER_INPUTS):
         if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
             return inputs
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        labels = inputs["labels"]
+        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if "decoder_attention_mask" in takes and "decoder_attention_mask" not in inputs:
+            mask = torch.ones_like(labels)
+            mask[:, 1:] = labels[:, :-1] != _IGNORED  # what is read comes one later than what is to be written
+            inputs["decoder_attention_mask"] = mask
     inputs.pop("labels", None)
     return inputs
 

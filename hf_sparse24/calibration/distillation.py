@@ -51,7 +51,7 @@ def distill_(
         states = teacher.hidden[index]
         with _riding_along(model.get_submodule(last_block), states), mixed_precision(device, states.dtype):
             output = model(**model_inputs(model, batches[index]))
-        return _divergence(output, batches[index])
+        return _divergence(output, teacher, index)
 
     return fit_(parameters, masks, loss, len(batches), schedule, seed)
 
@@ -94,16 +94,14 @@ def _riding_along(block: nn.Module, states: Tensor | None = None) -> Iterator[li
         handle.remove()
 
 
-def _divergence(output: Any, batch: Batch) -> Tensor:
+def _divergence(output: Any, teacher: Stream, index: int) -> Tensor:
     """Compare the first half of the model's output with the second, token by token, padding left out."""
     states = output.get("logits")
-    student, teacher = (output["last_hidden_state"] if states is None else states).chunk(2)
-    kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
-    for key in ("decoder_attention_mask", "attention_mask"):
-        if batch.get(key) is not None and batch[key].shape == kept.shape:
-            kept = batch[key].to(student.device).bool()
-            break
+    student, dense = (output["last_hidden_state"] if states is None else states).chunk(2)
+    kept = teacher.kept_tokens(index, student)
+    if kept is None:
+        kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
     if states is not None:
-        return kl_divergence(student, teacher, kept) / kept.sum()
-    error, size = squared_error(student, teacher, kept)
+        return kl_divergence(student, dense, kept) / kept.sum()
+    error, size = squared_error(student, dense, kept)
     return error / size

@@ -2,8 +2,8 @@
 
 Weights are trained in float32 whatever the model's dtype, since one step is smaller than the last bit of a bfloat16
 weight; on a GPU, and for a model in 16 bits, the products are bfloat16. A mask takes pruned weights out of the
-gradient, so that Adam's moments for them stay zero and so do they. Some batches are held out and only choose the best
-state, which may be the first.
+gradient, so that Adam's moments for them stay zero, and is applied again after every step. Some batches are held out
+and only choose the best state, which may be the first.
 """
 
 import math
@@ -56,7 +56,8 @@ def fit_(
 ) -> Fit:
     """Train parameters in place. Pruned weights stay exactly zero, and every parameter has its dtype at the end.
 
-    Under torch.distributed each process has its own batches, and gradients and held-out losses are averaged.
+    Under torch.distributed each process has its own batches, and gradients and held-out losses are averaged. What
+    fails in one, for want of memory say, fails in all.
 
     Args:
         parameters (`Sequence[nn.Parameter]`): what is trained, all on one device.
@@ -70,10 +71,11 @@ def fit_(
     order = shuffle.sample(range(batches), batches)
     held_out = max(1, round(batches * schedule.held_out)) if batches > 1 else 0
     dtypes = [parameter.dtype for parameter in parameters]
-    for parameter in parameters:
-        parameter.data = parameter.data.to(torch.float32, copy=True)  # what it was may be the caller's
-        parameter.requires_grad_(True)
     try:
+        with processes.together():
+            for parameter in parameters:
+                parameter.data = parameter.data.to(torch.float32, copy=True)  # what it was may be the caller's
+                parameter.requires_grad_(True)
         with torch.enable_grad():
             return _train(parameters, masks, loss, order[held_out:], order[:held_out] or order, schedule, shuffle)
     finally:
@@ -100,8 +102,9 @@ def _train(
     device = parameters[0].device
     groups = _by_size(parameters, schedule.learning_rate)
     optimizer = torch.optim.Adam(groups, fused=device.type == "cuda")
+    with processes.together():
+        best = [parameter.detach().clone() for parameter in parameters]
     before = lowest = _mean_loss(loss, test)
-    best = [parameter.detach().clone() for parameter in parameters]
     cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, schedule.steps))
     epoch = processes.largest(len(train), device)
     queue: list[int] = []
@@ -109,12 +112,16 @@ def _train(
         for step in range(1, schedule.steps + 1):
             queue = queue or shuffle.sample(train, len(train))
             optimizer.zero_grad()
-            loss(queue.pop()).backward()
+            with processes.together():
+                loss(queue.pop()).backward()
             _average_gradients(parameters)
             for parameter, mask in masks.items():
                 if parameter.grad is not None:  # else this batch does not use it
                     parameter.grad.mul_(mask)
-            optimizer.step()
+            with processes.together():
+                optimizer.step()
+            for parameter, mask in masks.items():
+                parameter.data.masked_fill_(~mask, 0.0)
             cosine.step()
             if step % epoch == 0 or step == schedule.steps:
                 found = _mean_loss(loss, test)
@@ -142,7 +149,9 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def _mean_loss(loss: Callable[[int], Tensor], batches: Sequence[int]) -> float:
-    return float(processes.mean_(torch.stack([loss(index) for index in batches]).mean()))
+    with processes.together():
+        mean = torch.stack([loss(index) for index in batches]).mean()
+    return float(processes.mean_(mean))
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:

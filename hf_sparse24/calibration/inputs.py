@@ -4,67 +4,129 @@ Projections that read one tensor (q, k, v; gate, up) form a group: they share th
 Groups are pruned in the order in which the block runs them, so that each sees inputs that the earlier ones have made
 with their new weights.
 
-A stack of experts (3-D) is a group of its own with one statistic an expert, over the tokens that the router sends it.
-An expert that saw fewer tokens than it has inputs is completed with the average token of all experts: its Hessian
-would be singular, and its few tokens chance.
+The experts of a mixture, a 3-D stack or a module each, are a group of their own with one statistic an expert, over the
+tokens that the router sends it. An expert that saw fewer tokens than it has inputs, or none, is completed with the
+average token of all experts: its Hessian would be singular, and its few tokens chance.
 
 A few layers are never called: `nn.MultiheadAttention` and what is made like it hand their weights to torch's function
-for attention. What that function multiplies with them is told from its arguments.
+for attention (see `watching`).
 """
 
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import StopForward, Stream
+from hf_sparse24.calibration.watching import Read, first_of, module_of, padding_marked, run_watched, watching
 from hf_sparse24.selection import Target
-from hf_sparse24.statistics import InputStatistics
+from hf_sparse24.statistics import InputStatistics, no_token_reached
 
 logger = logging.get_logger(__name__)
 
-Group = list[Target]
+Units = dict[str, list[Target]]
 
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+class Group(NamedTuple):
+    """Projections that are pruned together.
+
+    Attributes:
+        targets (`list[Target]`): what reads the same tensors; or one projection of all experts, stacked or one by one.
+        is_mixture (`bool`): whether they are experts.
+        calls (`int`): how often a forward pass calls each: in DeBERTa also on the embeddings of relative positions.
+    """
+
+    targets: list[Target]
+    is_mixture: bool = False
+    calls: int = 1
+
+
+def mixture_of(target: Target) -> str | None:
+    """Return what names one projection of all experts of a mixture, or None for a projection of no expert.
+
+    ```python
+    >>> mixture_of(Target("layers.0.mlp.experts.3.w1", "layers.0.mlp.experts.3.w1", "weight", "gate", -1))
+    'layers.0.mlp.experts.*.w1'
+
+    ```
+    """
+    before, inside, path = target.name.partition(".experts.")
+    if target.is_expert_stack or not inside:
+        return target.name if target.is_expert_stack else None
+    return f"{before}.experts.*.{path.partition('.')[2]}"
+
+
+@contextmanager
+def noting_reached(model: nn.Module, targets: Sequence[Target]) -> Iterator[Units]:
+    """While active, strike from what is yielded each projection that the model runs, and each mixture."""
+    missing = _units(targets)
+    modules = [(target, model.get_submodule(target.module_name)) for target in targets]
+    with watching(modules, lambda target, *_: missing.pop(_unit(target), None)):
+        yield missing
+
+
+def check_reached(missing: Units) -> None:
+    """Raise `ValueError`, in all processes, when there is something that no process's calibration data reached."""
+    everywhere = set.intersection(*map(set, processes.gather(list(missing))))
+    for unit in missing:
+        if unit in everywhere:
+            raise ValueError(no_token_reached(unit))
 
 
 def find_groups(block: nn.Module, name: str, targets: Sequence[Target], stream: Stream) -> list[Group]:
-    """Return the targets of a block in groups that read the same tensor, in the order in which they run.
+    """Return the targets of a block in groups, in the order in which they run.
+
+    Where something in the data decides what runs first, processes see other orders on other batches: what the first
+    one found holds in all, followed by what only others reached.
 
     Raises:
-        `ValueError`: no calibration batch reaches one of them.
+        `ValueError`: no calibration batch of any process reaches one of them.
     """
-    missing = {target.name: target for target in targets}
     groups: list[Group] = []
+    missing = _units(targets)
+    for units, calls in itertools.chain.from_iterable(processes.gather(_groups_seen(block, name, missing, stream))):
+        group = [target for unit in units for target in missing.pop(unit, [])]
+        if group:
+            groups.append(Group(group, mixture_of(group[0]) is not None, calls))
+    check_reached(missing)
+    return groups
+
+
+def _groups_seen(block: nn.Module, name: str, units: Units, stream: Stream) -> list[tuple[list[str], int]]:
+    """Return the groups that this process's batches reach, with their calls, from as few batches as reach all."""
+    missing = dict(units)
+    groups: list[tuple[list[str], int]] = []
     for index in range(len(stream)):
-        by_input: dict[tuple[Any, ...], Group] = {}
-        held = []  # keeps the inputs alive, so that an address means one tensor
-
-        def found(
-            target: Target, inputs: Tensor, expert: int | None = None, by_input: Any = by_input, held: Any = held
-        ) -> None:
-            key = (target.name,) if target.is_expert_stack else (inputs.data_ptr(), inputs.numel(), inputs.dtype)
-            held.append(inputs)
-            if missing.pop(target.name, None) is None:
-                return
-            if key not in by_input:
-                groups.append(by_input.setdefault(key, []))
-            by_input[key].append(target)
-
-        _run_watched(block, name, list(missing.values()), stream, index, found)
+        reads: list[Read] = []  # keeps the inputs alive, so that an address means one tensor
+        run_watched(block, name, list(itertools.chain(*missing.values())), stream, index, reads.append)
+        inputs: dict[str, list[tuple[Any, ...]]] = {}
+        for read in reads:
+            memory = (read.inputs.data_ptr(), read.inputs.numel(), read.inputs.dtype)
+            inputs.setdefault(_unit(read.target), []).append(memory)
+        by_inputs: dict[Any, list[str]] = {}
+        for unit, memories in inputs.items():
+            is_mixture = mixture_of(missing.pop(unit)[0]) is not None
+            by_inputs.setdefault(unit if is_mixture else tuple(memories), []).append(unit)
+        groups += [(found, len(inputs[found[0]])) for found in by_inputs.values()]
         if not missing:
-            return groups
-    absent = next(iter(missing))
-    raise ValueError(
-        f"No calibration token reached {absent}. Give calibration inputs that use it, or keep it dense with "
-        f"modules_to_not_convert=['{absent.rpartition('.')[2]}']."
-    )
+            break
+    return groups
+
+
+def _units(targets: Sequence[Target]) -> Units:
+    """Return what is pruned as one, by its name: single projections, and those of all experts of a mixture."""
+    units: Units = {}
+    for target in targets:
+        units.setdefault(_unit(target), []).append(target)
+    return units
+
+
+def _unit(target: Target) -> str:
+    return mixture_of(target) or target.name
 
 
 def group_statistics(
@@ -75,23 +137,21 @@ def group_statistics(
     Args:
         block (`nn.Module`): the block as pruned so far.
         name (`str`): its path in the model.
-        group (`list[Target]`): targets that read the same tensor.
+        group (`Group`): targets that read the same tensor.
         stream (`Stream`): the pruned model's hidden states before the block.
         dense (`tuple`, *optional*): the dense block and the dense model's stream, for asymmetric statistics.
     """
-    weight = getattr(module_of(block, name, group[0]), group[0].parameter)
-    in_features = weight.shape[group[0].dim]
+    first = group.targets[0]
+    weight = getattr(module_of(block, name, first), first.parameter)
+    in_features = weight.shape[first.dim]
     statistics = InputStatistics(in_features, weight.device, asymmetric=dense is not None)
     for index in range(len(stream)):
-        inputs = _input_of(block, name, group[0], stream, index)
-        if inputs is None:  # this batch does not use the module
-            continue
-        dense_inputs = None if dense is None else _input_of(dense[0], name, group[0], dense[1], index)
-        kept = stream.kept_tokens(name, index, inputs.shape)
-        if dense_inputs is not None or dense is None:
-            statistics.add(inputs, dense_inputs, None if kept is None else kept.to(inputs.device))
+        reads = _reads(block, name, group, stream, index)
+        followed = reads if dense is None else _reads(dense[0], name, group, dense[1], index)
+        for read, dense_read in zip(reads, followed, strict=False):  # none where a batch does not use the module
+            statistics.add(read.inputs, None if dense is None else dense_read.inputs, read.kept)
     statistics.all_reduce_()
-    statistics.check(group[0].name)
+    statistics.check(first.name)
     if statistics.tokens < in_features:
         logger.warning_once(
             f"Projections of {in_features} inputs saw {statistics.tokens} calibration tokens: what is chosen on them "
@@ -100,28 +160,35 @@ def group_statistics(
     return statistics
 
 
-def expert_statistics(block: nn.Module, name: str, target: Target, stream: Stream) -> list[InputStatistics]:
-    """Sum the statistics of the tokens routed to each expert of a stack, and complete those that saw too few.
+def expert_statistics(block: nn.Module, name: str, group: Group, stream: Stream) -> list[InputStatistics]:
+    """Sum the statistics of the tokens routed to each expert of a mixture, and complete those that saw too few.
 
     Only the symmetric form: the router of the dense model may send a token elsewhere.
     """
-    stack = getattr(module_of(block, name, target), target.parameter)
-    in_features = stack.shape[target.dim]
-    statistics = [InputStatistics(in_features, stack.device) for _ in range(len(stack))]
+    first = group.targets[0]
+    weight = getattr(module_of(block, name, first), first.parameter)
+    in_features = weight.shape[first.dim]
+    number_of = {target.name: number for number, target in enumerate(group.targets)}
+    experts = len(weight) if first.is_expert_stack else len(number_of)
+    statistics = [InputStatistics(in_features, weight.device) for _ in range(experts)]
 
-    def found(_: Target, inputs: Tensor, expert: int | None = None) -> None:
-        for number, rows in enumerate(inputs) if expert is None else [(expert, inputs)]:
-            statistics[number].add(rows[rows.any(-1)] if expert is None else rows)
+    def found(read: Read) -> None:
+        at_once = first.is_expert_stack and read.expert is None  # zeros stand for what is routed elsewhere
+        number = number_of[read.target.name] if read.expert is None else read.expert
+        for expert, rows in enumerate(read.inputs) if at_once else [(number, read.inputs)]:
+            is_padding = rows.isnan().all(-1)
+            statistics[expert].add(rows[~is_padding & rows.any(-1) if at_once else ~is_padding])
 
     for index in range(len(stream)):
-        _run_watched(block, name, [target], stream, index, found)
+        with padding_marked(block, name, first, stream, index):
+            run_watched(block, name, group.targets, stream, index, found)
     for statistic in statistics:
         statistic.all_reduce_()
-    total = InputStatistics(in_features, stack.device)
+    total = InputStatistics(in_features, weight.device)
     for statistic in statistics:
         total.hessian += statistic.hessian
         total.tokens += statistic.tokens
-    total.check(target.name)
+    total.check(_unit(first))
     for statistic in statistics:
         lacking = in_features - statistic.tokens
         if lacking > 0:
@@ -142,7 +209,7 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
             written[output.data_ptr(), output.numel()] = module
 
     def look_up(number: int, args: Any, kwargs: Any) -> None:
-        inputs = _first(args, kwargs)
+        inputs = first_of(args, kwargs)
         made_by[number] = written.get((inputs.data_ptr(), inputs.numel()))
 
     handles = [
@@ -151,10 +218,10 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 1
     ]
     for number, group in enumerate(groups):
-        if not group[0].packs:
+        if group.is_mixture or not group.targets[0].packs:
             continue
         handles.append(
-            module_of(block, name, group[0]).register_forward_pre_hook(
+            module_of(block, name, group.targets[0]).register_forward_pre_hook(
                 lambda _, args, kwargs, number=number: look_up(number, args, kwargs), with_kwargs=True
             )
         )
@@ -166,106 +233,14 @@ def producers(block: nn.Module, name: str, groups: Sequence[Group], stream: Stre
     return made_by
 
 
-def module_of(block: nn.Module, name: str, target: Target) -> nn.Module:
-    """Return the module of a target, whose path begins with the block's."""
-    return block.get_submodule(target.module_name[len(name) + 1 :])
+def _reads(block: nn.Module, name: str, group: Group, stream: Stream, index: int) -> list[Read]:
+    """Return what the projections of a group read for one batch, call by call, and run no further than the last."""
+    reads: list[Read] = []
 
+    def catch(read: Read) -> None:
+        reads.append(read)
+        if len(reads) == group.calls:
+            raise StopForward
 
-def _input_of(block: nn.Module, name: str, target: Target, stream: Stream, index: int) -> Tensor | None:
-    """Return what a projection reads for one batch, and run no further than it."""
-    caught: list[Tensor] = []
-
-    def catch(_: Target, inputs: Tensor) -> None:
-        caught.append(inputs)
-        raise StopForward
-
-    with suppress(StopForward):
-        _run_watched(block, name, [target], stream, index, catch)
-    return caught[0] if caught else None
-
-
-def _run_watched(
-    block: nn.Module, name: str, targets: Sequence[Target], stream: Stream, index: int, found: Callable[..., None]
-) -> None:
-    """Run a block on one batch and call `found(target, inputs)` for each use of a target, in order."""
-    handles = []
-    watched: list[tuple[nn.Parameter, Target]] = []
-    for target in targets:
-        module = module_of(block, name, target)
-        if not target.packs:
-            watched.append((getattr(module, target.parameter), target))
-            continue
-
-        def catch(module: nn.Module, args: Any, kwargs: Any, target: Target = target) -> None:
-            found(target, _first(args, kwargs))
-
-        handles.append(module.register_forward_pre_hook(catch, with_kwargs=True))
-    try:
-        with _WatchWeights(watched, found):
-            stream.run(block, name, index)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-class _WatchWeights(TorchFunctionMode):
-    """Tells what is multiplied with weights that belong to no layer that is called, wherever that happens.
-
-    These are the experts of a stack, and the weights that torch's function for attention is given.
-    """
-
-    _PRODUCTS = (
-        F.linear,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.__matmul__,
-        torch.bmm,
-        torch.Tensor.bmm,
-    )
-
-    def __init__(self, watched: Sequence[tuple[nn.Parameter, Target]], found: Callable[..., None]) -> None:
-        super().__init__()
-        self._stacks = [(stack, target) for stack, target in watched if target.is_expert_stack]
-        self._read = {id(weight): target for weight, target in watched if not target.is_expert_stack}
-        self._found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.multi_head_attention_forward and self._read:
-            return self._attention(inspect.signature(func).bind(*args, **kwargs).arguments)
-        if func in self._PRODUCTS and len(args) > 1:
-            for stack, target in self._stacks:
-                offset = args[1].data_ptr() - stack.data_ptr()
-                if args[1].ndim == 3 and offset == 0:
-                    self._found(target, args[0])
-                elif args[1].ndim == 2 and 0 <= offset < stack.nbytes:
-                    self._found(target, args[0], offset // stack[0].nbytes)
-        return func(*args, **kwargs)
-
-    def _attention(self, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Tell what attention reads, run it up to its last projection, and tell what that reads."""
-        query, key, value = (call[name] for name in ("query", "key", "value"))
-        for name, inputs in zip(_ATTENTION_WEIGHTS, (query, query, key, value), strict=True):
-            target = self._read.get(id(call.get(name)))
-            if target is None:
-                continue
-            if name == "in_proj_weight" and (query.data_ptr(), query.shape) != (key.data_ptr(), key.shape):
-                raise ValueError(
-                    f"{target.name} reads two inputs (cross-attention), and calibrated methods take one. Keep it "
-                    f"dense with modules_to_not_convert=['{target.name.split('.')[-2]}'], or use method='magnitude'."
-                )
-            self._found(target, _batch_first(inputs))
-        weight, bias = call["out_proj_weight"], call["out_proj_bias"]
-        unprojected = {"out_proj_weight": torch.eye(len(weight)).to(weight), "out_proj_bias": None}
-        attended, probabilities = F.multi_head_attention_forward(**call | unprojected)
-        if id(weight) in self._read:
-            self._found(self._read[id(weight)], _batch_first(attended))
-        return F.linear(attended, weight, bias), probabilities
-
-
-def _batch_first(inputs: Tensor) -> Tensor:
-    return inputs.transpose(0, 1) if inputs.ndim == 3 else inputs
+    run_watched(block, name, group.targets[:1], stream, index, catch)
+    return reads

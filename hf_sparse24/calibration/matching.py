@@ -54,9 +54,9 @@ def match_block_(
         with mixed_precision(device, stream.hidden[index].dtype):
             output = stream.run(block, name, index)
         target = targets[index].to(device, non_blocking=True)
-        kept = stream.kept_tokens(name, index, output.shape)
+        kept = stream.kept_tokens(index, output)
         if kept is not None:
-            output, target = output[kept.to(device)], target[kept.to(device)]
+            output, target = output[kept], target[kept]
         return F.mse_loss(output.float(), target.float()) / max(scale, torch.finfo(torch.float32).tiny)
 
     return fit_(trained_parameters(block, masks), masks, loss, len(stream), matching, seed)

@@ -8,7 +8,8 @@ first process writes and all read, so that the folder has to be one that they sh
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,24 @@ def fingerprint_data(batches: Sequence[dict[str, Any]]) -> str:
     """Return a digest of calibration batches, to tell one set from another."""
     digest = hashlib.sha256()
     for batch in batches:
-        for key in sorted(batch):
-            value = batch[key]
-            digest.update(key.encode())
-            digest.update(_bytes(value) if isinstance(value, Tensor) else b"")
+        digest.update(_digest_of(batch))
     return digest.hexdigest()[:16]
+
+
+def _digest_of(value: Any) -> bytes:
+    """Return bytes that tell a value from any other: a tensor, containers of tensors, or what can be pickled."""
+    if isinstance(value, Tensor):
+        return _bytes(value)
+    digest = hashlib.sha256(type(value).__name__.encode())
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            digest.update(_digest_of(key) + _digest_of(value[key]))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            digest.update(hashlib.sha256(_digest_of(item)).digest())
+    else:
+        digest.update(pickle.dumps(value))
+    return digest.digest()
 
 
 def fingerprint_model(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from hf_sparse24.calibration.smoothing import smooth_
 from hf_sparse24.calibration.solve import Solution, full_dampening, solve
 from hf_sparse24.pattern import apply_mask_, find_violations
 from hf_sparse24.selection import Selection, Target
+from hf_sparse24.statistics import InputStatistics
 
 
 class BlockPruner:
@@ -93,7 +94,8 @@ class BlockPruner:
                 if solution.raised:
                     walked.raised_dampening[target.name] = solution.dampening
         if self.recipe.smooth:
-            read = [(group, self._column_norms.pop(group[0].name)) for group in groups if group[0].packs]
+            smoothable = [group for group in groups if not group.is_mixture and group.targets[0].packs]
+            read = [(group, self._column_norms.pop(group.targets[0].name)) for group in smoothable]
             smoothed = smooth_(block, name, read, stream)
             if smoothed:
                 walked.smoothed[name] = smoothed
@@ -120,33 +122,44 @@ class BlockPruner:
         self, block: nn.Module, name: str, group: Group, stream: Stream, dense: nn.Module | None
     ) -> Iterator[tuple[Target, Solution]]:
         """Yield each target of a group with its solution; of an expert stack all experts in one."""
-        recipe, refitted = self.recipe, self.recipe.refit is not None
-        weights = [_matrices(block, name, target) for target in group]
-        if group[0].is_expert_stack:
-            statistics = expert_statistics(block, name, group[0], stream)
-            parts = [
-                solve([weight], statistic, recipe.method, refitted, full_dampening(recipe.dampening, statistic))
-                for weight, statistic in zip(weights[0], statistics, strict=True)
-            ]
-            together = Solution(
+        recipe = self.recipe
+        if group.is_mixture:
+            yield from self._solve_mixture(block, name, group, stream)
+            return
+        asymmetric = recipe.refit == "asymmetric" and dense is not None and self.follow is not None
+        followed = (dense, self.follow) if asymmetric else None
+        statistics = group_statistics(block, name, group, stream, followed)
+        self._column_norms[group.targets[0].name] = statistics.column_norms
+        weights = [_matrices(block, name, target) for target in group.targets]
+        solution = self._solve(weights, statistics, recipe.quantization if group.targets[0].packs else None)
+        for target, weight, mask in zip(group.targets, solution.weights, solution.masks, strict=True):
+            yield target, Solution([weight], [mask], solution.dampening, solution.raised)
+
+    def _solve_mixture(
+        self, block: nn.Module, name: str, group: Group, stream: Stream
+    ) -> Iterator[tuple[Target, Solution]]:
+        """Solve each expert by itself, on its own tokens."""
+        statistics = expert_statistics(block, name, group, stream)
+        weights = [_matrices(block, name, target) for target in group.targets]
+        if not group.targets[0].is_expert_stack:
+            for target, weight, statistic in zip(group.targets, weights, statistics, strict=True):
+                yield target, self._solve([weight], statistic, self.recipe.quantization)
+            return
+        parts = [self._solve([weight], statistic) for weight, statistic in zip(weights[0], statistics, strict=True)]
+        yield (
+            group.targets[0],
+            Solution(
                 [torch.stack([part.weights[0] for part in parts])],
                 [torch.stack([part.masks[0] for part in parts])],
                 max(part.dampening for part in parts),
                 any(part.raised for part in parts),
-            )
-            yield group[0], together
-            return
-        asymmetric = recipe.refit == "asymmetric" and dense is not None and self.follow is not None
-        if "experts" in group[0].name.split("."):  # the dense model's router may send its tokens elsewhere
-            asymmetric = False
-        followed = (dense, self.follow) if asymmetric else None
-        statistics = group_statistics(block, name, group, stream, followed)
-        self._column_norms[group[0].name] = statistics.column_norms
+            ),
+        )
+
+    def _solve(self, weights: list[Tensor], statistics: InputStatistics, quantization: str | None = None) -> Solution:
+        recipe = self.recipe
         dampening = full_dampening(recipe.dampening, statistics)
-        quantization = recipe.quantization if group[0].packs else None
-        solution = solve(weights, statistics, recipe.method, refitted, dampening, quantization)
-        for target, weight, mask in zip(group, solution.weights, solution.masks, strict=True):
-            yield target, Solution([weight], [mask], solution.dampening, solution.raised)
+        return solve(weights, statistics, recipe.method, recipe.refit is not None, dampening, quantization)
 
     def _targets_of_matching(
         self, name: str, stream: Stream, dense: nn.Module, follow: Stream | None, target: str

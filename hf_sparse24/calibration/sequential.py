@@ -19,6 +19,7 @@ from hf_sparse24 import processes
 from hf_sparse24.calibration.blocks import Batch, block_names, find_chains, record
 from hf_sparse24.calibration.distillation import distill_, why_not_distilled
 from hf_sparse24.calibration.fitting import Fit
+from hf_sparse24.calibration.inputs import check_reached, noting_reached
 from hf_sparse24.calibration.progress import Progress
 from hf_sparse24.calibration.pruner import BlockPruner
 from hf_sparse24.calibration.recipe import Recipe, Walked
@@ -60,7 +61,8 @@ def prune_sequentially_(
     batches = _own_share(batches)
     walked, pruner = Walked(), BlockPruner(model, selection, recipe, device, progress)
     with _set_for_walking(model):
-        chains = find_chains(model, batches[0], names)
+        with processes.together():
+            chains = find_chains(model, batches[0], names)
         with _told_when_interrupted(pruner, [name for chain in chains for name in chain]) as bar:
             _walk(pruner, batches, chains, walked, bar)
             walked.distilled = _distill(pruner, batches, chains[-1][-1])
@@ -91,14 +93,17 @@ def why_not_distilled_at_the_end(model: nn.Module, selection: Selection, batches
 def _walk(
     pruner: BlockPruner, batches: Sequence[Batch], chains: Sequence[list[str]], walked: Walked, bar: Any
 ) -> None:
-    """Prune all blocks, chain by chain."""
-    dense = record(pruner.model, batches, chains, pruner.device) if pruner.recipe.follows_dense else None
+    """Prune all blocks, chain by chain; before that, see in the dense model that the data reach all of them."""
+    with processes.together(), noting_reached(pruner.model, pruner.selection.targets) as missing:
+        recorded = record(pruner.model, batches, chains, pruner.device)
+    check_reached(missing)
+    first = recorded[0].copy()
+    dense = recorded if pruner.recipe.follows_dense else [None] * len(chains)
+    del recorded  # hidden states that nobody follows take memory
     for number, chain in enumerate(chains):
-        if number or dense is None:
-            (stream,) = record(pruner.model, batches, [chain], pruner.device)
-        else:
-            stream = dense[0].copy()
-        pruner.follow = None if dense is None else dense[number]
+        with processes.together():
+            stream = record(pruner.model, batches, [chain], pruner.device)[0] if number else first
+        pruner.follow = dense[number]
         for name in chain:
             bar.set_postfix_str(name)
             pruner.prune_block_(name, stream, walked)

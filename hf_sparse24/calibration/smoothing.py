@@ -33,9 +33,10 @@ def smooth_(block: nn.Module, name: str, groups: Sequence[tuple[Group, Tensor]],
     made_by = producers(block, name, [group for group, _ in groups], stream)
     smoothed = 0
     for (group, column_norms), norm in zip(groups, made_by, strict=True):
-        if norm is None:
+        elsewhere = processes.largest(int(norm is None), column_norms.device)  # on the batch of another process
+        if norm is None or elsewhere:
             continue
-        weights = [module_of(block, name, target).weight.movedim(target.dim, -1) for target in group]
+        weights = [module_of(block, name, target).weight.movedim(target.dim, -1) for target in group.targets]
         scale = power_of_two_scale(column_norms, weights)
         if (scale == 1).all():
             continue

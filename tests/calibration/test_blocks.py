@@ -118,12 +118,13 @@ def test_kept_tokens_are_those_of_the_mask_of_the_same_shape():
     batch["attention_mask"][0, 5:] = 0
     chain = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
     (stream,) = record(build("bert"), [batch], [chain])
-    kept = stream.kept_tokens(chain[0], 0, torch.Size((2, 7, 32)))
+    kept = stream.kept_tokens(0, torch.empty(2, 7, 32))
     assert kept.dtype == torch.bool
     assert kept.tolist() == batch["attention_mask"].bool().tolist()
-    assert stream.kept_tokens(chain[0], 0, torch.Size((14, 32))) is None
+    assert torch.equal(stream.kept_tokens(0, torch.empty(14, 32)), kept.flatten())
+    assert stream.kept_tokens(0, torch.empty(2, 8, 32)) is None
     (unmasked,) = record(build("bert"), [inputs("bert")], [chain])
-    assert unmasked.kept_tokens(chain[0], 0, torch.Size((2, 7, 32))) is None
+    assert unmasked.kept_tokens(0, torch.empty(2, 7, 32)) is None
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -134,8 +135,8 @@ def test_a_decoder_has_its_own_padding_even_where_both_texts_are_equally_long(fa
     batch |= {"attention_mask": encoder, "decoder_attention_mask": decoder}
     model = build(family)
     chains = find_chains(model, batch, names_of(model))
-    for chain, stream, mask in zip(chains, record(model, [batch], chains), (encoder, decoder), strict=True):
-        assert torch.equal(stream.kept_tokens(chain[0], 0, torch.Size((2, 7, 32))), mask.bool())
+    for stream, mask in zip(record(model, [batch], chains), (encoder, decoder), strict=True):
+        assert torch.equal(stream.kept_tokens(0, torch.empty(2, 7, 32)), mask.bool())
 
 
 def test_shared_layers_are_refused_in_one_sentence():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,20 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_sparse24 import processes
 from hf_sparse24.calibration.recipe import Recipe
-from hf_sparse24.calibration.sequential import _own_share
+from hf_sparse24.calibration.sequential import _own_share, prune_sequentially_
 from hf_sparse24.selection import select
 from tests.calibration.test_sequential import assert_2to4
+from tests.families import build
 
 ROOT = Path(__file__).parents[2]
 
 # What each process runs: everything that it is to do comes in a JSON file.
 SCRIPT = """
-import json, sys, torch, torch.distributed as dist
+import json, sys, torch, torch.distributed as dist, transformers
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
 from hf_sparse24.calibration.fitting import Schedule
 from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress
@@ -36,11 +39,15 @@ rank = 0
 if job["processes"] > 1:
     rank = int(sys.argv[2])
     dist.init_process_group("gloo", init_method="file://" + job["meeting"], rank=rank, world_size=job["processes"])
-model = LlamaForCausalLM.from_pretrained(job["model"])
-batches = [{"input_ids": tokens} for tokens in load_file(job["batches"]).values()]
+model = getattr(transformers, job["class"]).from_pretrained(job["model"])
+batches = {}
+for key, tensor in load_file(job["batches"]).items():
+    number, _, name = key.partition(".")
+    batches.setdefault(int(number), {})[name] = tensor
+batches = [batches[number] for number in sorted(batches)]
 recipe = Recipe(
     method=job["method"],
-    refit=None if job["matching"] else "asymmetric",
+    refit=None if job["matching"] else job["refit"],
     matching=Matching(steps=10, learning_rate=3e-3) if job["matching"] else None,
     distillation=Schedule(steps=10, learning_rate=3e-3) if job["distillation"] else None,
 )
@@ -50,6 +57,36 @@ save_file({key: value.clone() for key, value in model.state_dict().items()}, f"{
 json.dump(walked.facts(), open(f"{job['out']}-{rank}.json", "w"))
 if job["processes"] > 1:
     dist.destroy_process_group()
+"""
+
+# The same beginning; then things go wrong in the second process alone.
+FAULTS = """
+from hf_sparse24 import Sparse24Config, prune
+from hf_sparse24.calibration import distillation
+
+def why_not(*args):
+    return "it takes 9 GB" if rank else None
+
+def out_of_memory(*args, measure=distillation.kl_divergence):
+    calls.append(args)
+    if rank and len(calls) == 5:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return measure(*args)
+
+calls, told = [], {}
+config = Sparse24Config(method="wanda", distill=True, match_blocks=False, dataset=batches)
+usual, prune._why_not_distilled = prune._why_not_distilled, why_not
+try:
+    prune.prune_(model, config)
+except ValueError as error:
+    told["refused"] = str(error)
+prune._why_not_distilled, distillation.kl_divergence = usual, out_of_memory
+prune.prune_(model, config)
+told["distilled"] = "distilled" in model.config.sparse24["calibration"]
+told["calls"] = len(calls)
+save_file({key: value.clone() for key, value in model.state_dict().items()}, f"{job['out']}-{rank}.safetensors")
+json.dump(told, open(f"{job['out']}-{rank}.json", "w"))
+dist.destroy_process_group()
 """
 
 
@@ -63,16 +100,23 @@ def source(tiny_llama, tmp_path):
         model.get_parameter(name).data = parameter.data
     model.save_pretrained(tmp_path / "dense")
     # Many tokens, so that scores are well apart; an odd number, so that the shares differ.
-    save_file({str(number): torch.randint(3, 96, (4, 24)) for number in range(7)}, tmp_path / "batches.safetensors")
-    (tmp_path / "process.py").write_text(SCRIPT)
-    return tmp_path
+    return written(tmp_path, [{"input_ids": torch.randint(3, 96, (4, 24))} for _ in range(7)])
 
 
-def run(folder, name, processes, method="wanda", matching=False, distillation=False, progress=None):
+def written(folder, batches):
+    """Write what the processes read beside the model."""
+    tensors = {f"{number}.{key}": value for number, batch in enumerate(batches) for key, value in batch.items()}
+    save_file(tensors, folder / "batches.safetensors")
+    (folder / "process.py").write_text(SCRIPT)
+    return folder
+
+
+def run(folder, name, processes, method="wanda", matching=False, distillation=False, progress=None, **others):
     """Run the walk in so many processes and return the weights and the facts of each."""
     job = {"model": str(folder / "dense"), "batches": str(folder / "batches.safetensors"), "processes": processes}
     job |= {"meeting": str(folder / f"{name}-meeting"), "out": str(folder / name), "matching": matching}
     job |= {"distillation": distillation, "method": method, "progress": None if progress is None else str(progress)}
+    job = {"class": "LlamaForCausalLM", "refit": "asymmetric"} | job | others
     (folder / f"{name}.json").write_text(json.dumps(job))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, str(folder / "process.py"), str(folder / f"{name}.json")]
@@ -125,6 +169,83 @@ def test_two_processes_match_and_distil_to_the_same_weights_and_share_a_folder(s
     assert_2to4(model)
     again, _ = run(source, "again", 2, "magnitude", matching=True, distillation=True, progress=source / "progress")
     assert_bit_equal(both[0], again[0])
+
+
+def test_what_fails_in_one_process_is_given_up_in_all(source):
+    script = source / "process.py"
+    script.write_text(script.read_text().partition("recipe = ")[0] + FAULTS)
+    both, told = run(source, "two", 2)
+    assert told[0] == told[1]
+    assert "cannot distill LlamaForCausalLM: it takes 9 GB" in told[0]["refused"]
+    assert not told[0]["distilled"]
+    assert told[0]["calls"] == 5
+    assert_bit_equal(*both)
+
+
+def test_processes_whose_routers_call_experts_in_another_order_prune_as_one(tmp_path):
+    model = build("switch")
+    for parameter in model.parameters():
+        parameter.data.mul_(3 if parameter.ndim > 1 else 1)
+    model.save_pretrained(tmp_path / "dense")
+    keys = ("input_ids", "decoder_input_ids")
+    # Three tokens: the first batch of each process reaches other experts.
+    batches = [{key: torch.randint(3, 96, (1, 3)) for key in keys} for _ in range(60)]
+    both, _ = run(written(tmp_path, batches), "two", 2, **{"class": type(model).__name__, "refit": "symmetric"})
+    assert_bit_equal(*both)
+    prune_sequentially_(model, select(model), batches, Recipe(method="wanda", refit="symmetric"))
+    alone = model.state_dict()
+    for target in select(model).targets:
+        key = f"{target.name}.weight"
+        # Sums in another order; the mask of wanda is all but the same, and so are then the refitted values.
+        assert ((both[0][key] == 0) == (alone[key] == 0)).float().mean() >= 0.99, key
+
+
+# The console script, which also tells how many batches its process walks.
+COMMAND = """
+import sys
+from hf_sparse24.calibration import sequential
+from hf_sparse24.cli import main
+
+def told(batches, deal=sequential._own_share):
+    share = deal(batches)
+    print(f"walks {len(share)} of {len(batches)}", file=sys.stderr)
+    return share
+
+sequential._own_share = told
+main()
+"""
+
+
+def test_the_command_line_under_torchrun_shares_the_work_and_writes_once(tiny_llama_folder, tmp_path):
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(90)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(tiny_llama_folder)
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number * number % 89}" for number in range(2000)))
+    (tmp_path / "hf-sparse24").write_text(COMMAND)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    prune = [
+        tmp_path / "hf-sparse24",
+        "prune",
+        tiny_llama_folder,
+        tmp_path / "out",
+        "--dataset",
+        tmp_path / "text.txt",
+    ]
+    prune += ["--num-samples", "24", "--sequence-length", "16", "--device", "cpu", "--no-pack", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*torchrun, *prune], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall("walks . of .", done.stderr)) == ["walks 1 of 3", "walks 2 of 3"]
+    assert json.loads(done.stdout)["totals"]["matrices_2to4"] == 14  # printed by one
+    assert_2to4(LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    assert not [folder.name for folder in tmp_path.iterdir() if "partial" in folder.name]
+
+
+def test_processes_that_nobody_launched_are_not_joined(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    processes.join()
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_single_process_takes_all_batches():

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from hf_sparse24.calibration.blocks import block_names, find_chains, record
-from hf_sparse24.calibration.inputs import expert_statistics, find_groups, group_statistics
+from hf_sparse24.calibration.blocks import block_names, block_of, find_chains, record
+from hf_sparse24.calibration.inputs import Group, expert_statistics, find_groups, group_statistics
 from hf_sparse24.selection import select
 from tests.families import build, inputs
 
@@ -61,7 +61,7 @@ def without_gradients():
 
 def one_by_one(model):
     """Let a mixture run its experts one after another, as the walk does."""
-    if model.config.model_type in MIXTURES:
+    if model.config.model_type in [*MIXTURES, "qwen2_moe"]:
         model.set_experts_implementation("eager")
     return model
 
@@ -106,7 +106,7 @@ def test_groups_are_the_projections_that_read_one_tensor_in_the_order_of_the_blo
     model = one_by_one(build(family))
     stream = stream_before(model, [inputs(family)], name)
     groups = find_groups(model.get_submodule(name), name, targets_of(model, name), stream)
-    assert [[target.name[len(name) + 1 :] for target in group] for group in groups] == GROUPS[family][name]
+    assert [[target.name[len(name) + 1 :] for target in group.targets] for group in groups] == GROUPS[family][name]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bert", "bart"])
@@ -119,11 +119,31 @@ def test_statistics_are_the_second_moments_that_plain_hooks_see(family):
     stream, block = stream_before(model, batches, name), model.get_submodule(name)
     for group in find_groups(block, name, targets_of(model, name), stream):
         statistics = group_statistics(block, name, group, stream, None)
-        for target in group:
+        for target in group.targets:
             rows = read_by(model, batches, target.module_name)
             assert statistics.tokens == len(rows)
             torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
         assert statistics.cross is None
+
+
+def test_a_projection_that_is_called_twice_has_the_statistics_of_both_inputs():
+    relative = {
+        "share_att_key": True,
+        "position_buckets": 8,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+    }
+    model, batches, name = build("deberta-v2", **relative), some_batches(), "deberta.encoder.layer.1"
+    stream, block = stream_before(model, batches, name), model.get_submodule(name)
+    groups = find_groups(block, name, targets_of(model, name), stream)
+    leaves = [[target.name.rpartition(".")[2] for target in group.targets] for group in groups]
+    assert leaves[:2] == [["query_proj", "key_proj"], ["value_proj"]]
+    assert [group.calls for group in groups[:3]] == [2, 1, 1]
+    rows = read_by(model, batches, f"{name}.attention.self.key_proj")
+    statistics = group_statistics(block, name, groups[0], stream, (block, stream))
+    assert statistics.tokens == len(rows) > 3 * 22
+    torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
+    torch.testing.assert_close(statistics.cross.double(), rows.T @ rows, **SUMS)
 
 
 def test_cross_statistics_pair_the_dense_inputs_with_the_pruned_ones():
@@ -131,11 +151,11 @@ def test_cross_statistics_pair_the_dense_inputs_with_the_pruned_ones():
     pruned = copy.deepcopy(dense)
     pruned.model.layers[0].mlp.down_proj.weight.data[:, ::2] = 0
     streams = [stream_before(model, batches, name) for model in (pruned, dense)]
-    group = targets_of(dense, name)[:3]
+    group = Group(targets_of(dense, name)[:3], False)
     statistics = group_statistics(
         pruned.get_submodule(name), name, group, streams[0], (dense.get_submodule(name), streams[1])
     )
-    ours, theirs = (read_by(model, batches, group[0].module_name) for model in (pruned, dense))
+    ours, theirs = (read_by(model, batches, group.targets[0].module_name) for model in (pruned, dense))
     torch.testing.assert_close(statistics.cross.double(), theirs.T @ ours, **SUMS)
     torch.testing.assert_close(statistics.hessian.double(), ours.T @ ours, **SUMS)
 
@@ -156,12 +176,57 @@ def test_padding_is_left_out_of_statistics():
     model, name = build("bert"), "bert.encoder.layer.1"
     batch = inputs("bert") | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     batch["attention_mask"][0, 4:] = 0
-    group = targets_of(model, name)[:3]
+    group = Group(targets_of(model, name)[:3], False)
     stream = stream_before(model, [batch], name)
     statistics = group_statistics(model.get_submodule(name), name, group, stream, None)
-    rows = read_by(model, [batch], group[0].module_name)[batch["attention_mask"].flatten().bool()]
+    rows = read_by(model, [batch], group.targets[0].module_name)[batch["attention_mask"].flatten().bool()]
     assert statistics.tokens == len(rows) == 11
     torch.testing.assert_close(statistics.hessian.double(), rows.T @ rows, **SUMS)
+
+
+def tokens_of(model, batch, module):
+    """Return how many tokens the statistics of a module count."""
+    (target,) = [target for target in select(model).targets if target.module_name == module]
+    name = block_of(module)
+    return group_statistics(
+        model.get_submodule(name), name, Group([target], False), stream_before(model, [batch], name), None
+    ).tokens
+
+
+def padded(length, *real):
+    return (torch.arange(length) < torch.tensor(real).unsqueeze(1)).long()
+
+
+BART_BLOCK = "model.decoder.layers.0"
+SIZES_OF_LABELS = [(7, (2, 5)), (5, (2, 4))]  # as long as the source, and not
+
+
+def test_a_decoder_reads_the_encoder_with_the_encoders_padding():
+    batch = inputs("bart") | {"decoder_input_ids": torch.randint(3, 96, (2, 7))}
+    batch |= {"attention_mask": padded(7, 3, 7), "decoder_attention_mask": padded(7, 5, 4)}
+    model = build("bart")
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 10
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.q_proj") == 9
+    assert tokens_of(model, batch, "model.encoder.layers.0.fc1") == 10
+    del batch["attention_mask"]  # without one all count, and not those of the decoder's
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 14
+
+
+@pytest.mark.parametrize(("length", "real"), SIZES_OF_LABELS)
+def test_the_padding_of_a_decoder_is_that_of_its_labels(length, real):
+    labels = torch.where(padded(length, *real).bool(), torch.randint(3, 96, (2, length)), -100)
+    batch = {"input_ids": inputs("bart")["input_ids"], "attention_mask": padded(7, 3, 7), "labels": labels}
+    model = build("bart")
+    # The decoder reads its start token and then the labels.
+    assert tokens_of(model, batch, f"{BART_BLOCK}.self_attn.q_proj") == 2 + sum(real)
+    assert tokens_of(model, batch, f"{BART_BLOCK}.encoder_attn.k_proj") == 10
+
+
+def test_an_image_has_no_part_in_the_padding_of_a_text_of_as_many_tokens():
+    batch = inputs("clip") | {"input_ids": torch.randint(3, 96, (2, 17)), "attention_mask": padded(17, 4, 9)}
+    model = build("clip")
+    assert tokens_of(model, batch, "vision_model.encoder.layers.0.mlp.fc1") == 2 * 17
+    assert tokens_of(model, batch, "text_model.encoder.layers.0.mlp.fc1") == 13
 
 
 def test_a_projection_that_no_token_reaches_is_named():
@@ -180,7 +245,7 @@ def test_no_hook_stays_in_a_block():
     stream, block = stream_before(model, some_batches(), name), model.get_submodule(name)
     groups = find_groups(block, name, targets_of(model, name), stream)
     group_statistics(block, name, groups[0], stream, None)
-    expert_statistics(block, name, groups[-1][0], stream)
+    expert_statistics(block, name, groups[-1], stream)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
 
@@ -221,7 +286,7 @@ def test_expert_statistics_are_those_of_the_tokens_that_the_router_sends(family)
     stacks = [target for target in targets_of(model, name) if target.is_expert_stack]
     assert [target.parameter for target in stacks] == ["gate_up_proj", "down_proj"]
     for target, expected in zip(stacks, routed(model, batches, 0), strict=True):
-        found = expert_statistics(block, name, target, stream)
+        found = expert_statistics(block, name, Group([target], True), stream)
         for rows, statistics in zip(expected, found, strict=True):
             assert len(rows) >= rows.shape[1]
             assert statistics.tokens == len(rows)
@@ -233,7 +298,7 @@ def test_an_expert_with_fewer_tokens_than_inputs_is_completed_with_the_average_t
     stream, block = stream_before(model, batches, name), model.get_submodule(name)
     target = next(target for target in targets_of(model, name) if target.is_expert_stack)
     expected, _ = routed(model, batches, 0)
-    found = expert_statistics(block, name, target, stream)
+    found = expert_statistics(block, name, Group([target], True), stream)
     everything = torch.cat(expected)
     average = everything.T @ everything / len(everything)
     assert min(map(len, expected)) < 32
@@ -253,7 +318,58 @@ def test_an_expert_that_no_token_reaches_is_pruned_for_the_average_token():
     expected, _ = routed(model, batches, 0)
     assert len(expected[2]) == 0
     everything = torch.cat(expected)
-    found = expert_statistics(block, name, target, stream)[2]
+    found = expert_statistics(block, name, Group([target], True), stream)[2]
     torch.testing.assert_close(
         found.hessian.double(), everything.T @ everything * 32 / len(everything), rtol=1e-3, atol=1e-4
     )
+
+
+def test_experts_that_are_modules_are_one_mixture_and_completed_alike():
+    model, name = build("switch"), "encoder.block.1"
+    batches = [{key: torch.randint(3, 96, (1, 3)) for key in ("input_ids", "decoder_input_ids")}]
+    stream, block = stream_before(model, batches, name), model.get_submodule(name)
+    groups = find_groups(block, name, targets_of(model, name), stream)
+    experts = [group for group in groups if group.is_mixture]
+    leaves = [
+        [target.name.removeprefix(f"{name}.layer.1.mlp.experts.") for target in group.targets] for group in experts
+    ]
+    assert leaves == [[f"expert_{number}.{leaf}" for number in range(4)] for leaf in ("wi", "wo")]
+    read = [torch.empty(0, 32).double()] * 4
+    for number, target in enumerate(experts[0].targets):
+        model.get_submodule(target.name).register_forward_pre_hook(
+            lambda _, args, number=number: read.__setitem__(number, args[0].double())
+        )
+    model(**batches[0])
+    assert min(map(len, read)) == 0  # three tokens, four experts
+    average = sum(rows.T @ rows for rows in read) / 3
+    for rows, statistics in zip(read, expert_statistics(block, name, experts[0], stream), strict=True):
+        assert statistics.tokens == 32
+        expected = rows.T @ rows + (32 - len(rows)) * average
+        torch.testing.assert_close(statistics.hessian.double(), expected, **SUMS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe", "llama4", "switch"])
+def test_what_stands_under_a_mask_has_no_part_in_the_statistics_of_a_mixture(family):
+    """To the right of the text, where a model with a mask never reads it: other padding changes nothing."""
+    found = []
+    for filler in (3, 90):
+        model = eager(family) if family != "llama4" else build(family)
+        mask = padded(12, 5, 9, 12)
+        tokens = torch.where(mask.bool(), torch.arange(36).view(3, 12) * 7 % 90 + 3, filler)
+        batch = {"input_ids": tokens, "attention_mask": mask}
+        if family == "switch":
+            batch |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+        targets = select(model).targets
+        name = block_of(next(target.name for target in targets if "experts" in target.name))
+        stream, block = stream_before(model, [batch], name), model.get_submodule(name)
+        found.append([])
+        for group in find_groups(block, name, targets_of(model, name), stream):
+            if group.is_mixture:
+                found[-1] += expert_statistics(block, name, group, stream)
+            else:
+                found[-1].append(group_statistics(block, name, group, stream, None))
+                assert found[-1][-1].tokens == 26
+    assert len(found[0]) > 8
+    for left, right in zip(*found, strict=True):
+        assert left.tokens == right.tokens
+        torch.testing.assert_close(left.hessian, right.hessian, **SUMS)

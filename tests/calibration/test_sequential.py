@@ -102,6 +102,23 @@ def test_every_family_becomes_2to4_and_nothing_else_changes(family):
         assert (name in pruned) != torch.equal(value, before[name]), name
 
 
+def test_experts_that_no_token_reaches_are_pruned_too():
+    model = build("switch")
+    walk_(model, [{key: torch.randint(3, 96, (1, 2)) for key in ("input_ids", "decoder_input_ids")}])
+    assert_2to4(model)
+
+
+def test_a_projection_that_no_batch_reaches_is_named_in_full_before_a_weight_changes():
+    model = build("bart")
+    last = model.model.decoder.layers[1]
+    last.encoder_attn.forward = lambda hidden_states, *args, **kwargs: (hidden_states, None)
+    before = weights_of(model)
+    path = r"model\.decoder\.layers\.1\.encoder_attn\.k_proj"
+    with pytest.raises(ValueError, match=rf"reached {path}\. .* modules_to_not_convert=\['{path}'\]"):
+        walk_(model, batches_for("bart"), refit="symmetric")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "alps"])
 @pytest.mark.parametrize("refitted", [None, "symmetric", "asymmetric"])
 def test_every_method_runs_with_every_refit(method, refitted):
@@ -552,6 +569,21 @@ class TestResuming:
         assert len({fingerprint_data([{"x": kind}]) for kind in kinds}) == len(kinds)
         assert fingerprint_data([{"x": tokens}]) == fingerprint_data([{"x": tokens.clone()}])
 
+    def test_fingerprints_tell_what_is_inside_lists_and_beside_tensors(self):
+        def batch(value=0.0, size=3, flag=True, name="a"):
+            return {"images": [torch.full((size,), value)], "more": {"flag": flag, name: (1, None)}}
+
+        batches = [batch(), batch(1.0), batch(size=4), batch(flag=False), batch(name="b")]
+        batches += [batch() | {"images": batch()["images"] * 2}, batch() | {"images": torch.zeros(1, 3)}]
+        assert len({fingerprint_data([kind]) for kind in batches}) == len(batches)
+        assert fingerprint_data([batch()]) == fingerprint_data([batch()])
+
+    def test_blocks_of_another_version_are_refused(self, tmp_path, monkeypatch):
+        prune_(larger("llama"), self.request(tmp_path, method="wanda"))
+        monkeypatch.setattr("hf_sparse24.prune.__version__", "0.0.1")
+        with pytest.raises(ValueError, match="holds the blocks of another run: version differ"):
+            prune_(larger("llama"), self.request(tmp_path, method="wanda"))
+
 
 def test_weights_that_are_not_there_or_not_finite_are_refused_before_anything_is_run():
     model = larger("llama")
@@ -570,6 +602,17 @@ def test_a_model_that_overflows_is_refused_before_a_weight_changes():
     with pytest.raises(ValueError, match=r"hidden states behind model\.layers\.0 hold NaN or Inf"):
         walk_(model, text_batches(2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_later_batch_that_overflows_is_refused_before_a_weight_changes():
+    model = larger("llama")
+    batches = [{"inputs_embeds": torch.randn(2, 8, 32)} for _ in range(3)]
+    batches[2]["inputs_embeds"][1, 3, 5] = float("inf")
+    before = weights_of(model)
+    message = r"hidden states behind model\.layers\.0 hold NaN or Inf for calibration batch 2, counted from 0"
+    with pytest.raises(ValueError, match=message):
+        walk_(model, batches)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 class TestRefusedBeforeAWeightChanges:
@@ -618,6 +661,21 @@ def test_a_training_that_fails_leaves_the_best_state():
         fit_([weight], {}, loss, 4, Schedule(steps=100, learning_rate=0.1), seed=0)
     # The second of three steps to the next evaluation failed: the best state is the first one.
     assert torch.equal(weight.detach(), torch.ones(4))
+
+
+def test_pruned_weights_stay_zero_whatever_the_optimizer_does(monkeypatch):
+    class Restless(torch.optim.Adam):
+        def step(self):
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data += 1
+
+    monkeypatch.setattr(torch.optim, "Adam", Restless)
+    weight, mask = torch.nn.Parameter(torch.tensor([1.0, 0.0, 2.0, 0.0])), torch.tensor([True, False, True, False])
+    fit_([weight], {weight: mask}, lambda _: -weight.sum(), 2, Schedule(steps=3, learning_rate=0.1), seed=0)
+    assert weight[0] > 3
+    assert weight.tolist()[1::2] == [0.0, 0.0]
 
 
 def test_models_that_differ_anywhere_have_other_fingerprints():

@@ -3,7 +3,7 @@ import torch
 
 from hf_sparse24 import Sparse24Config, prune_
 from hf_sparse24.calibration.blocks import record
-from hf_sparse24.calibration.inputs import producers
+from hf_sparse24.calibration.inputs import Group, producers
 from hf_sparse24.calibration.smoothing import power_of_two_scale
 from hf_sparse24.kernels.reference import integer_matmul
 from hf_sparse24.packing import quantize_rows
@@ -95,10 +95,10 @@ def test_the_norm_that_writes_an_input_is_found_by_the_tensor():
     model = build("llama")
     names = ["model.layers.0", "model.layers.1"]
     (stream,) = record(model, [inputs("llama")], [names])
-    targets = [
-        [Target(f"model.layers.0.{path}", f"model.layers.0.{path}", "weight", "q", -1)]
+    groups = [
+        Group([Target(f"model.layers.0.{path}", f"model.layers.0.{path}", "weight", "q", -1)], False)
         for path in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj")
     ]
     block = model.model.layers[0]
-    found = producers(block, "model.layers.0", targets, stream)
+    found = producers(block, "model.layers.0", groups, stream)
     assert found == [block.input_layernorm, None, block.post_attention_layernorm]
