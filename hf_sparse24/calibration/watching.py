@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from hf_sparse24.calibration.blocks import StopForward, Stream
 from hf_sparse24.selection import Target
 
-
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
