@@ -173,7 +173,12 @@ def unpack(model: Model, out: Out, dtype: Dtype = "auto", force: Force = False, 
 @app.command(rich_help_panel=_IN_ORDER)
 def evaluate(
     model: Model,
-    text: Annotated[Path, typer.Option(help="A UTF-8 text. Its last tenth is scored; calibration reads the rest.")],
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="A text, or .csv, .json, .jsonl or .parquet. Its last tenth is scored; calibration reads the rest."
+        ),
+    ],
     dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="How many to score at most.")] = 32,
@@ -190,7 +195,7 @@ def evaluate(
     place = _device(device)
     measured = load_model(model, dtype).to(place)
     check_causal(measured)
-    token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text.read_text("utf8"), window, windows)
+    token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text, window, windows)
     value = perplexity(measured, token_ids, window)
     del measured  # before the dense model needs its memory
     evaluation = Evaluation(

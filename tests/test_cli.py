@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -187,6 +188,17 @@ def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama,
     assert found["value"] == pytest.approx(perplexity(tiny_llama, token_ids, window=16), rel=1e-5)
     assert (found["samples"], found["unit"]) == (4, "windows of 16 tokens")
     assert (found["dense"], found["recovery"]) == (None, None)
+
+
+def test_evaluate_scores_the_rows_that_are_held_out(cli, tiny_llama_folder, tiny_llama, tokenizer, datasets, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [" ".join(f"w{(7 * line + word) % 90}" for word in range(20)) for line in range(50)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    code, out, err = cli("evaluate", tiny_llama_folder, "--text", path, "--window", 16, "--json")
+    assert code == 0, err
+    token_ids = torch.tensor(tokenizer(" ".join(lines[45:]))["input_ids"])
+    assert json.loads(out)["value"] == pytest.approx(perplexity(tiny_llama, token_ids, window=16), rel=1e-5)
+    assert json.loads(out)["samples"] == 6
 
 
 def test_evaluate_compares_a_packed_model_with_the_dense_one(cli, tiny_llama_folder, tokenizer, text, tmp_path):

@@ -24,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_sparse24.calibration.text import HELD_OUT, calibration_batches, share_out, split_text
+from hf_sparse24.calibration.documents import HELD_OUT, held_out_documents, split_text
+from hf_sparse24.calibration.text import calibration_batches, share_out
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(96 - len(SPECIAL))]
@@ -201,6 +202,46 @@ def test_the_held_out_tenth_of_a_file_is_never_seen(tiny_llama, tokenizer, tmp_p
         assert len(SPECIAL) + 1 in ids
 
 
+def write_rows(datasets, path, column, values):
+    rows = datasets.Dataset.from_dict({"number": list(range(len(values))), column: values})
+    write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(path.suffix, rows.to_json)
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_the_held_out_tenth_of_a_files_rows_is_never_seen(tiny_llama, tokenizer, datasets, tmp_path, suffix, kind):
+    path = write_rows(datasets, tmp_path / f"rows{suffix}", "content", [f"w{row} w{row}" for row in range(45)])
+    seen = {
+        token - len(SPECIAL)
+        for seed in range(5)
+        for token in flat(calibration_batches(kind(path), tiny_llama, tokenizer, 6, 16, seed=seed))
+        if token != EOS
+    }
+    documents, tokenized = held_out_documents(path)
+    held_out = [int(document.split()[0][1:]) for document in documents]
+    assert not tokenized
+    assert held_out == list(range(40, 45))
+    assert seen == set(range(40))
+
+
+def test_the_held_out_tenth_of_rows_of_token_ids(tiny_llama, datasets, tmp_path):
+    path = write_rows(datasets, tmp_path / "rows.parquet", "input_ids", [[row, row] for row in range(20)])
+    assert set(flat(calibration_batches(path, tiny_llama, None, 4, 9))) == set(range(18))
+    documents, tokenized = held_out_documents(path)
+    assert tokenized
+    assert list(documents) == [[18, 18], [19, 19]]
+
+
+def test_a_single_row_has_no_tenth_to_hold_out(tiny_llama, tokenizer, datasets, tmp_path):
+    path = write_rows(datasets, tmp_path / "rows.jsonl", "text", [numbered(500)])
+    with pytest.raises(ValueError, match=r"this file has a single row\. Give more rows, or a text file"):
+        calibration_batches(path, tiny_llama, tokenizer, 2, 8)
+    with pytest.raises(ValueError, match="single row"):
+        held_out_documents(path)
+
+
 def test_pieces_of_a_file_are_chosen_by_the_seed_from_all_of_the_calibration_part(tiny_llama, tokenizer, tmp_path):
     path = tmp_path / "book.md"
     path.write_text("".join(f"{word} " * 200 for word in WORDS))
@@ -229,11 +270,6 @@ def test_a_file_that_is_no_text_is_refused(tiny_llama, tokenizer, tmp_path):
 
 
 # Datasets
-
-
-@pytest.fixture
-def datasets():
-    return pytest.importorskip("datasets")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
