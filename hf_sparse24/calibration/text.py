@@ -25,6 +25,7 @@ from hf_sparse24.calibration.self_generated import check_writes_text, sample_win
 from hf_sparse24.calibration.windows import (
     check_context,
     check_token_ids,
+    check_tokenizer,
     pack,
     pack_text,
     resolve_tokenizer,
@@ -131,7 +132,9 @@ def _text_windows(source: Any, tokenizer: Any, model: Any, count: int, length: i
     documents, tokenized = documents_of(source, seed)
     if tokenized:
         return pack(documents, count, length)
-    return pack_text(documents, resolve_tokenizer(tokenizer, model), count, length, seed)
+    tokenizer = resolve_tokenizer(tokenizer, model)
+    check_tokenizer(tokenizer, model)
+    return pack_text(documents, tokenizer, count, length, seed)
 
 
 def _is_text(source: Any) -> bool:
@@ -209,6 +212,12 @@ def _check_values(batch: dict[str, Any], index: int, model: Any) -> None:
     ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and not ids.is_floating_point():
         check_token_ids(ids, model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    for key in ("decoder_input_ids", "labels"):  # the decoder reads labels where it is given nothing else
+        ids = batch.get(key)
+        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+            check_token_ids(ids[ids != -100] if key == "labels" else ids, model.get_decoder())
 
 
 def _describe(value: Any) -> str:
