@@ -8,17 +8,15 @@ import torch
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
 
-from hf_sparse24 import publishing
+from hf_sparse24 import measuring, publishing
 from hf_sparse24.benchmark import commands as benchmark_commands
 from hf_sparse24.benchmark.shapes import model_shapes, read_config, skeleton
 from hf_sparse24.benchmark.tuning import MOST_TOKENS
 from hf_sparse24.benchmark.tuning import tune as tune_shapes
 from hf_sparse24.capability import environment
 from hf_sparse24.config import Sparse24Config
-from hf_sparse24.evaluation import Evaluation, check_causal, held_out_tokens, perplexity, print_evaluations
-from hf_sparse24.folders import load_model, new_folder, save_with_companions
+from hf_sparse24.folders import chosen_device, load_model, new_folder, save_with_companions
 from hf_sparse24.kernels.cusparselt_plans import choices
 from hf_sparse24.kernels.dispatch import routes
 from hf_sparse24.pack import unpack_
@@ -166,7 +164,7 @@ def prune(
         modules_to_not_convert=modules_to_not_convert or None,
     )
     with new_folder(out, model, force) as folder:
-        pruned = load_model(model, dtype, quantization_config=config, device_map=str(_device(device)))
+        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
         save_with_companions(pruned, model, folder)
     _print_report(sparsity_report(pruned), as_json)
 
@@ -197,48 +195,7 @@ def unpack(model: Model, out: Out, dtype: Dtype = "auto", force: Force = False, 
     _print_report(unpacked, as_json)
 
 
-@app.command(rich_help_panel=_IN_ORDER)
-def evaluate(
-    model: Model,
-    text: Annotated[
-        Path,
-        typer.Option(
-            help="A text, or .csv, .json, .jsonl or .parquet. Its last tenth is scored; calibration reads the rest."
-        ),
-    ],
-    dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="How many to score at most.")] = 32,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Measure the perplexity of MODEL, packed or not, on the held-out end of a text, and its recovery.
-
-    Example:
-
-        hf-sparse24 evaluate ./SmolLM2-2of4 --text book.txt --dense ./SmolLM2
-    """
-    place = _device(device)
-    measured = load_model(model, dtype).to(place)
-    check_causal(measured)
-    token_ids = held_out_tokens(AutoTokenizer.from_pretrained(model), text, window, windows)
-    value = perplexity(measured, token_ids, window)
-    del measured  # before the dense model needs its memory
-    evaluation = Evaluation(
-        metric="perplexity",
-        value=value,
-        samples=len(token_ids) // window,
-        unit=f"windows of {window} tokens",
-        dense=None if dense is None else perplexity(load_model(dense, dtype).to(place), token_ids, window),
-        dataset=text.name,
-    )
-    if as_json:
-        typer.echo(evaluation.to_json())
-    else:
-        print_evaluations([evaluation], Console(width=100))
-
-
+app.command(rich_help_panel=_IN_ORDER)(measuring.evaluate)
 app.add_typer(
     benchmark_commands.app,
     name="bench",
@@ -296,17 +253,9 @@ def main() -> None:
     """Run the command line; what the user can repair is one line on stderr, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
-
-
-def _device(name: str | None) -> torch.device:
-    """Return the device that was asked for, or the GPU where torch sees one."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for and torch sees no CUDA device; use --device cpu.")
-    return device
 
 
 def _mixture(sources: list[str]) -> str | list[tuple[str, float]] | None:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 # What a folder holds beside the weights and their description (tokenizer, templates, preprocessing) is kept with the
 # pruned model; the card is not, since it describes the dense one.
@@ -41,6 +42,33 @@ def load_model(name: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel
             f"The config of {name} names the class {architecture!r}, which transformers lacks; use Python."
         )
     return model_class.from_pretrained(name, dtype=dtype, **kwargs)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        `ValueError`: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The tokenizer of the model is needed, and {name} has none that transformers reads; save it there: "
+            f"AutoTokenizer.from_pretrained(DENSE_MODEL).save_pretrained({name!r})"
+        ) from error
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """Return the device that was asked for, or the GPU where torch sees one.
+
+    Raises:
+        `ValueError`: cuda was asked for and torch sees none.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for and torch sees no CUDA device; use --device cpu.")
+    return device
 
 
 def save_with_companions(model: PreTrainedModel, source: str, folder: Path) -> None:

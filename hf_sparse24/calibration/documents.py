@@ -15,9 +15,9 @@ import torch
 from hf_sparse24.calibration.windows import end_of_line_or_word
 
 HELD_OUT = 0.1
+DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-_DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHUFFLE_BUFFER = 1000
 
 
@@ -53,8 +53,8 @@ def held_out_documents(path: Path) -> tuple[Iterable[Any], bool]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Text was asked from {str(path)!r}; there is no such file.")
-    if path.suffix.lower() in _DATA_FORMATS:
-        return _column(iter(split_rows(_load_rows(path))[1]))
+    if path.suffix.lower() in DATA_FORMATS:
+        return _column(iter(split_rows(load_rows(path))[1]))
     return [split_text(_read(path))[1]], False
 
 
@@ -89,6 +89,16 @@ def split_rows(rows: Any) -> tuple[Any, Any]:
     return rows.select(range(cut)), rows.select(range(cut, len(rows)))
 
 
+def load_rows(path: Path) -> Any:
+    """Return the rows of a file of `DATA_FORMATS` as a `datasets.Dataset`, all of them.
+
+    Raises:
+        `ModuleNotFoundError`: `datasets` is not installed.
+    """
+    datasets = _import_datasets(path)
+    return datasets.load_dataset(DATA_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
+
+
 def is_dataset(source: Any) -> bool:
     """Return whether this is a `datasets.Dataset` or `IterableDataset`."""
     return hasattr(source, "column_names") and hasattr(source, "features")
@@ -100,8 +110,8 @@ def _open(source: Any) -> Any:
         return source
     path = Path(source)
     if path.is_file():
-        is_data = path.suffix.lower() in _DATA_FORMATS
-        return split_rows(_load_rows(path))[0] if is_data else [split_text(_read(path))[0]]
+        is_data = path.suffix.lower() in DATA_FORMATS
+        return split_rows(load_rows(path))[0] if is_data else [split_text(_read(path))[0]]
     if not path.exists() and (isinstance(source, Path) or path.suffix.lower() in _TEXT_SUFFIXES):
         raise FileNotFoundError(f"Calibration text was asked from {str(source)!r}; there is no such file.")
     return _load_named(str(source))
@@ -112,12 +122,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"A text must be UTF-8; {path} is not ({error.reason}).") from error
-
-
-def _load_rows(path: Path) -> Any:
-    """Return the rows of a file as a dataset that knows how many there are."""
-    datasets = _import_datasets(path)
-    return datasets.load_dataset(_DATA_FORMATS[path.suffix.lower()], data_files=str(path), split="train")
 
 
 def _load_named(name: str) -> Any:

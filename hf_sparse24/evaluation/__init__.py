@@ -13,6 +13,7 @@ better, and restores the modes that it found. Figures are data (`Evaluation`); p
 
 from hf_sparse24.evaluation.encoders import RetrievalScores, embed, feature_cosine, features, retrieval_recall
 from hf_sparse24.evaluation.figures import METRICS, Evaluation, print_evaluations, recovery
+from hf_sparse24.evaluation.files import evaluate_pairs, image_batches, images_in
 from hf_sparse24.evaluation.language import check_causal, held_out_tokens, nll, perplexity
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "RetrievalScores",
     "check_causal",
     "embed",
+    "evaluate_pairs",
     "feature_cosine",
     "features",
     "held_out_tokens",
+    "image_batches",
+    "images_in",
     "nll",
     "perplexity",
     "print_evaluations",

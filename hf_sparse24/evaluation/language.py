@@ -137,9 +137,9 @@ def check_causal(model: nn.Module) -> None:
         return
     if config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
-            f"Perplexity needs a causal language model and {type(model).__name__} is not one; in Python, "
-            "hf_sparse24.evaluation has nll for encoder-decoder models, retrieval_recall for sentence encoders and "
-            "feature_cosine for vision models."
+            f"Perplexity needs a causal language model and {type(model).__name__} is not one. hf-sparse24 evaluate "
+            "measures encoder-decoder models and sentence encoders with --pairs and vision models with --images; in "
+            "Python hf_sparse24.evaluation has nll, retrieval_recall and feature_cosine."
         )
 
 
