@@ -34,21 +34,29 @@ def conditions():
 def merge(name, rows, same, order=None):
     """Add rows to benchmarks/results/NAME.json, in place of those that agree with them in the keys `same`.
 
-    Each row brings the conditions it was measured under. The file has the conditions of all runs, each once, and in
-    its rows their numbers.
+    All others stay as they are, what was measured twice too. Each row brings the conditions it was measured under. The
+    file has the conditions of all runs, each once, and in its rows their numbers.
     """
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"conditions": [], "rows": []}
     runs = kept["conditions"] if isinstance(kept["conditions"], list) else [kept["conditions"]]
     old = [row | {"conditions": runs[row.get("run", 0)]} for row in kept["rows"]]
-    table = {tuple(row.get(key) for key in same): row for row in [*old, *rows]}
-    rows, runs = sorted(table.values(), key=order) if order else list(table.values()), []
+    new = {_key(row, same): row for row in rows}
+    replaced = set(new)
+    table = [new.pop(_key(row, same), None) if _key(row, same) in replaced else row for row in old]
+    table = [row for row in [*table, *new.values()] if row is not None]
+    rows, runs = sorted(table, key=order) if order else table, []
     for row in rows:
         run = row.pop("conditions")
         if run not in runs:
             runs.append(run)
         row["run"] = runs.index(run)
     path.write_text(json.dumps({"conditions": runs, "rows": rows}, indent=1) + "\n")
+
+
+def _key(row, same):
+    values = map(row.get, same)
+    return tuple(json.dumps(value, sort_keys=True) if isinstance(value, dict) else value for value in values)
 
 
 def write(name, rows):

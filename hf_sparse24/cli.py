@@ -66,11 +66,17 @@ Method = Annotated[
 Quantization = Annotated[str | None, typer.Option(help="int8 or fp8: weights and activations.")]
 Pack = Annotated[bool, typer.Option("--pack/--no-pack", help="--no-pack writes dense weights with zeros.")]
 Dataset = Annotated[
-    str | None, typer.Option(help="Calibration text: a file, the name of a dataset, or self (the model writes it).")
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE[=WEIGHT]",
+        help="Calibration text: a file, the name of a dataset, or self (the model writes it). Repeat the option for a "
+        "mixture; windows are shared out by weight.",
+    ),
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Of the text; default: the model's own.")]
 Windows = Annotated[int, typer.Option(help="Calibration windows.")]
 WindowLength = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+BatchSize = Annotated[int, typer.Option(help="Most windows per forward pass; fewer take less memory.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 Refit = Annotated[
     bool | None,
@@ -90,6 +96,10 @@ Distill = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
+Dampening = Annotated[float, typer.Option(help="Added to a Hessian's diagonal, as a share of its mean.")]
+CalibrationDevice = Annotated[
+    str | None, typer.Option(help="Where blocks are pruned, one at a time, for a model that stays on --device cpu.")
+]
 ProgressFolder = Annotated[
     str | None, typer.Option(help="Keeps finished blocks, so that the same command goes on where it stopped.")
 ]
@@ -109,11 +119,14 @@ def prune(
     tokenizer: Tokenizer = None,
     num_samples: Windows = 128,
     sequence_length: WindowLength = 1024,
+    batch_size: BatchSize = 8,
     seed: Seed = 0,
     refit: Refit = None,
     match_blocks: MatchBlocks = None,
     distill: Distill = None,
     device: Device = None,
+    calibration_device: CalibrationDevice = None,
+    dampening: Dampening = 0.01,
     progress_folder: ProgressFolder = None,
     target_modules: TargetModules = None,
     modules_to_not_convert: KeptDense = None,
@@ -128,6 +141,8 @@ def prune(
 
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-wanda --dataset book.txt --method wanda --no-refit --no-match-blocks
 
+        hf-sparse24 prune ./SmolLM2 ./SmolLM2-2of4 --dataset news.txt=2 --dataset code.txt=1 --dataset self
+
         hf-sparse24 prune ./SmolLM2 ./SmolLM2-masked --no-pack --modules-to-not-convert down_proj
 
         torchrun --nproc-per-node 8 --no-python hf-sparse24 prune ./Llama ./Llama-2of4 --dataset book.txt
@@ -137,14 +152,17 @@ def prune(
         quantization=quantization,
         pack=pack,
         refit=refit,
-        dataset=dataset,
+        dataset=_mixture(dataset or []),
         tokenizer=tokenizer,
         num_samples=num_samples,
         sequence_length=sequence_length,
+        batch_size=batch_size,
         seed=seed,
         match_blocks=match_blocks,
         distill=distill,
         progress_folder=progress_folder,
+        calibration_device=calibration_device,
+        dampening=dampening,
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
@@ -245,6 +263,23 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
+
+
+def _mixture(sources: list[str]) -> str | list[tuple[str, float]] | None:
+    """Return what `Sparse24Config` takes as a dataset: nothing, one source, or several with their weights."""
+    weighted = [_weighted(source) for source in sources]
+    return weighted[0][0] if len(weighted) == 1 else weighted or None
+
+
+def _weighted(source: str) -> tuple[str, float]:
+    """Read SOURCE or SOURCE=WEIGHT; a file may have an equals sign in its name."""
+    name, found, weight = source.rpartition("=")
+    if not found or Path(source).exists():
+        return source, 1
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise ValueError(f"--dataset takes SOURCE or SOURCE=WEIGHT, such as news.txt=2; got {source!r}.") from None
 
 
 def _print_report(report: SparsityReport, as_json: bool) -> None:

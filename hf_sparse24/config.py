@@ -158,6 +158,17 @@ class Sparse24Config(QuantizationConfigMixin):
         completed.modules_to_not_convert = record.get("modules_to_not_convert")
         return completed
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sparse24Config":
+        """Copy all but the dataset and the tokenizer, which stay the same objects.
+
+        transformers copies a config deeply while it loads a model. A generator cannot be copied, and data in memory
+        would be there twice.
+        """
+        memo.update({id(value): value for value in (self.dataset, self.tokenizer)})
+        copied = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def choices(self) -> dict[str, Any]:
         """Return the choice of modules, without what was left to the default."""
         chosen = {"target_modules": self.target_modules, "modules_to_not_convert": self.modules_to_not_convert}

@@ -1,20 +1,26 @@
 """`hf-sparse24 evaluate`: read options, measure the model and then the dense one, print both."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from hf_sparse24.evaluation import (
     Evaluation,
     check_causal,
     check_tasks,
     compared,
+    evaluate_pairs,
     evaluate_tasks,
+    feature_cosine,
+    features,
     held_out_tokens,
+    image_batches,
+    images_in,
     perplexity,
     print_evaluations,
 )
@@ -25,27 +31,26 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda whe
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: as stored.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
-
-class _Asked(NamedTuple):
-    """What is measured of the one model and of the other."""
-
-    text: Path | None
-    window: int
-    windows: int
-    tasks: list[str]
-    options: dict[str, Any]  # of evaluate_tasks
-    device: torch.device
-    dtype: str
+Load = Callable[[str], PreTrainedModel]
+Measure = Callable[[PreTrainedModel], list[Evaluation]]
 
 
 def evaluate(
     model: Model,
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text. Its last tenth is scored; calibration reads the rest.")
+        Path | None,
+        typer.Option(
+            help="A text, or .csv, .json, .jsonl or .parquet. Its last tenth is scored; calibration reads the rest."
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval, or YAML files of tasks, separated by commas.")
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Rows of .csv, .json, .jsonl or .parquet with target, and input or audio. All are scored."),
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="A folder with images. Needs --dense.")] = None,
     dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Of the text: tokens per window.")] = 1024,
     windows: Annotated[int, typer.Option(min=1, help="Of the text: how many to score at most.")] = 32,
@@ -56,30 +61,61 @@ def evaluate(
         int | None, typer.Option(min=0, help="Of each task: solved examples in the prompt. Default: the task's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of each task: requests per forward pass.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Of pairs: read only the first so many tokens of each text.")
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="Of images: cls, mean, or pooler for models without tokens.")] = "cls",
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure MODEL, packed or not: its perplexity on the held-out end of a text, its score in tasks, its recovery.
+    """Measure MODEL, packed or not, and what is left of the dense model's quality. What --json prints is for card.
 
-    --tasks needs lm-eval, which comes with: pip install 'hf_sparse24[eval]'. What --json prints is for card.
+    --text: the perplexity of a causal language model. --tasks: its score in tasks of lm-eval, which comes with
+    pip install 'hf_sparse24[eval]'. --pairs: the recall at 1 of a sentence encoder, or the loss per target token of an
+    encoder-decoder model. --images: the cosine of a vision model's features to the dense model's.
 
     Examples:
 
         hf-sparse24 evaluate ./SmolLM2-2of4 --text book.txt --dense ./SmolLM2
 
         hf-sparse24 evaluate ./SmolLM2-2of4 --tasks arc_easy,hellaswag --limit 100 --dense ./SmolLM2
+
+        hf-sparse24 evaluate ./MiniLM-2of4 --pairs titles.jsonl --max-length 128 --dense ./MiniLM
+
+        hf-sparse24 evaluate ./DINOv2-2of4 --images ./photos --dense ./DINOv2
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if text is None and not names:
-        raise ValueError("There is nothing to measure: give --text FILE, or --tasks with tasks of lm-eval, or both.")
-    options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+    kinds = [bool(names) or text is not None, pairs is not None, images is not None]
+    if sum(kinds) != 1:
+        raise ValueError(
+            "There is one thing to measure at a time: give --text FILE or --tasks with tasks of lm-eval or both, "
+            "--pairs FILE, or --images FOLDER."
+        )
     if names:
         check_tasks(names)
-    asked = _Asked(text, window, windows, names, options, chosen_device(device), dtype)
-    found = _measured(model, model, asked)
-    if dense is not None:
-        found = compared(found, _measured(dense, model, asked))
+    place = chosen_device(device)
+
+    def load(name: str) -> PreTrainedModel:
+        return load_model(name, dtype).to(place)
+
+    if images is not None:
+        found = [_cosine(load, model, dense, images, pooling)]
+    else:
+        # The dense model reads what the processors beside the pruned one make.
+        measures: list[Measure] = []
+        if pairs is not None:
+            measures.append(
+                lambda loaded: [evaluate_pairs(loaded, processors=model, table=pairs, max_length=max_length)]
+            )
+        if text is not None:
+            measures.append(lambda loaded: [_perplexity(loaded, model, text, window, windows)])
+        if names:
+            options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+            measures.append(lambda loaded: evaluate_tasks(loaded, load_tokenizer(model), names, **options))
+        found = _measured(load(model), measures)
+        if dense is not None:
+            found = compared(found, _measured(load(dense), measures))
     if not as_json:
         print_evaluations(found, Console(width=100))
     elif names:
@@ -88,25 +124,33 @@ def evaluate(
         typer.echo(found[0].to_json())
 
 
-def _measured(name: str, tokenizer_of: str, asked: _Asked) -> list[Evaluation]:
-    """Return the figures of one model; the dense one reads the tokens of the pruned one's tokenizer."""
-    text = None if asked.text is None else asked.text.read_text("utf8")
-    model = load_model(name, asked.dtype).to(asked.device)
-    if text is not None:
-        check_causal(model)
-    tokenizer = load_tokenizer(tokenizer_of)
-    found = []
-    if asked.text is not None and text is not None:
-        token_ids = held_out_tokens(tokenizer, text, asked.window, asked.windows)
-        found.append(
-            Evaluation(
-                metric="perplexity",
-                value=perplexity(model, token_ids, asked.window),
-                samples=len(token_ids) // asked.window,
-                unit=f"windows of {asked.window} tokens",
-                dataset=asked.text.name,
-            )
-        )
-    if asked.tasks:
-        found += evaluate_tasks(model, tokenizer, asked.tasks, **asked.options)
-    return found
+def _measured(model: PreTrainedModel, measures: list[Measure]) -> list[Evaluation]:
+    return [evaluation for measure in measures for evaluation in measure(model)]
+
+
+def _perplexity(model: PreTrainedModel, name: str, text: Path, window: int, windows: int) -> Evaluation:
+    check_causal(model)
+    token_ids = held_out_tokens(load_tokenizer(name), text, window, windows)
+    return Evaluation(
+        metric="perplexity",
+        value=perplexity(model, token_ids, window),
+        samples=len(token_ids) // window,
+        unit=f"windows of {window} tokens",
+        dataset=text.name,
+    )
+
+
+def _cosine(load: Load, name: str, dense: str | None, folder: Path, pooling: str) -> Evaluation:
+    """Return how near a vision model's features are to the dense one's, whose own figure is 1 by definition."""
+    if dense is None:
+        raise ValueError("--images measures how near features are to the dense model's; name that with --dense.")
+    images = images_in(folder)
+    reference = features(load(dense), image_batches(name, images), pooling)
+    return Evaluation(
+        metric="feature_cosine",
+        value=feature_cosine(load(name), reference, image_batches(name, images), pooling),
+        samples=len(images),
+        unit=f"images, {pooling} feature",
+        dense=1.0,
+        dataset=folder.name,
+    )

@@ -115,14 +115,16 @@ def prune_calibrated_(
             reason = _why_not_distilled(model, selection, batches)
         reason = next(filter(None, processes.gather(reason)), None)  # each GPU has another amount of free memory
     if reason is not None and config.distill:
-        raise ValueError(f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False.")
+        raise ValueError(
+            f"distill=True cannot distill {type(model).__name__}: {reason}. Use distill=False (--no-distill)."
+        )
     if reason is not None:
         logger.warning(f"{type(model).__name__} is pruned without distillation: {reason}.")
         recipe = replace(recipe, distillation=None)
     if config.method == "auto" and recipe.matching is None and config.match_blocks is None:
         logger.warning_once(
             "By default blocks are matched, and the model distilled, on a GPU only; match_blocks=True and "
-            "distill=True do so here, slowly."
+            "distill=True (--match-blocks --distill) do so here, slowly."
         )
     facts = {**config.describe_data(data), **recipe.facts()}
     progress = _progress(model, selection, config.progress_folder, facts, recipe, batches)
@@ -231,7 +233,7 @@ def check_method(config: Sparse24Config, calibration: Any = None) -> None:
     asked += [f"{key}={getattr(config, key)!r}" for key in _ONLY_WITH_DATA if getattr(config, key)]
     if asked:
         raise ValueError(
-            f"{asked[0]} needs calibration data; pass dataset=... (dataset='self' lets the model write its own), "
+            f"{asked[0]} needs calibration data; pass dataset=... (--dataset; 'self' lets the model write its own), "
             "or use method='magnitude' alone."
         )
 

@@ -74,5 +74,13 @@ def magnitude():
 
 
 @pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The package, with what it keeps of files that it reads in the folder of the test."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+@pytest.fixture
 def tokens():
     return torch.randint(0, 96, (2, 9))

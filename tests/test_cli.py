@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -214,6 +215,69 @@ def test_evaluate_says_in_a_sentence_that_the_tokenizer_is_missing(cli, tiny_lla
     assert err.splitlines()[-1] == line
 
 
+@pytest.fixture
+def asked_of_prune(cli, source, tmp_path, monkeypatch):
+    """Return the config that a command line makes, without any pruning."""
+
+    def ask(*arguments):
+        seen = []
+
+        def load(name, dtype, **kwargs):
+            seen.append(kwargs["quantization_config"])
+            raise ValueError("enough")
+
+        monkeypatch.setattr("hf_sparse24.cli.load_model", load)
+        err = cli("prune", source, tmp_path / "out", *arguments)[2]
+        return seen[0] if seen else err
+
+    return ask
+
+
+def test_every_setting_of_calibration_is_an_option(asked_of_prune):
+    # What cannot be said on a command line, or belongs to what is loaded afterwards.
+    without = {"quant_method", "format_version", "roles", "produced_by", "unknown_keys", "backend", "smooth"}
+    default = vars(asked_of_prune())
+    other = {
+        "method": "wanda", "quantization": "int8", "dataset": "self", "tokenizer": "gpt2", "num_samples": 7,
+        "sequence_length": 9, "batch_size": 2, "seed": 3, "dampening": 0.5, "calibration_device": "cpu",
+        "progress_folder": "there",
+    }  # fmt: skip
+    said = [f"--{key.replace('_', '-')}={value}" for key, value in other.items()]
+    switches = {"refit": False, "match_blocks": False, "distill": False}
+    said += [f"--no-{key.replace('_', '-')}" for key in switches]
+    found = vars(asked_of_prune(*said))
+    assert {key: found[key] for key in other | switches} == other | switches
+    assert default.keys() - without == other.keys() | switches.keys() | {
+        "pack", "target_modules", "modules_to_not_convert"
+    }  # fmt: skip
+    assert asked_of_prune("--no-pack").pack is False
+
+
+def test_several_datasets_are_a_mixture(asked_of_prune, tmp_path, monkeypatch):
+    def dataset(*sources):
+        return asked_of_prune(*(part for source in sources for part in ("--dataset", source))).dataset
+
+    assert dataset("news.txt=2", "a/b:en", "self=.5") == [("news.txt", 2), ("a/b:en", 1), ("self", 0.5)]
+    assert dataset("news.txt=2") == "news.txt"
+    (tmp_path / "a=1").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert dataset("a=1") == "a=1"
+    assert dataset("a=1=3", "self") == [("a=1", 3), ("self", 1)]
+    message = "--dataset takes SOURCE or SOURCE=WEIGHT, such as news.txt=2; got 'news.txt=two'."
+    assert message in asked_of_prune("--dataset", "news.txt=two")
+
+
+def test_prune_on_a_mixture(cli, tiny_llama_folder, tokenizer, text, tmp_path):
+    code, _, err = cli(
+        "prune", tiny_llama_folder, tmp_path / "out", "--dataset", f"{text}=3", "--dataset", "self",
+        "--num-samples", 8, "--sequence-length", 16, "--batch-size", 3, "--no-match-blocks", "--device", "cpu",
+        "--method", "wanda",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["produced_by"]
+    assert facts["calibration"]["dataset"] == [[text.name, 3], ["self", 1]]
+
+
 def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama, tokenizer, text):
     code, out, _ = cli("evaluate", tiny_llama_folder, "--text", text, "--window", 16, "--windows", 4, "--json")
     assert code == 0
@@ -222,6 +286,17 @@ def test_evaluate_measures_the_held_out_text(cli, tiny_llama_folder, tiny_llama,
     assert found["value"] == pytest.approx(perplexity(tiny_llama, token_ids, window=16), rel=1e-5)
     assert (found["samples"], found["unit"]) == (4, "windows of 16 tokens")
     assert (found["dense"], found["recovery"]) == (None, None)
+
+
+def test_evaluate_scores_the_rows_that_are_held_out(cli, tiny_llama_folder, tiny_llama, tokenizer, datasets, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [" ".join(f"w{(7 * line + word) % 90}" for word in range(20)) for line in range(50)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    code, out, err = cli("evaluate", tiny_llama_folder, "--text", path, "--window", 16, "--json")
+    assert code == 0, err
+    token_ids = torch.tensor(tokenizer(" ".join(lines[45:]))["input_ids"])
+    assert json.loads(out)["value"] == pytest.approx(perplexity(tiny_llama, token_ids, window=16), rel=1e-5)
+    assert json.loads(out)["samples"] == 6
 
 
 def test_evaluate_compares_a_packed_model_with_the_dense_one(cli, tiny_llama_folder, tokenizer, text, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def test_defaults_are_those_of_the_documentation():
         0,
         0.01,
     )
+
+
+def test_a_deep_copy_shares_dataset_and_tokenizer_and_nothing_else():
+    class Tokenizer:
+        pass
+
+    config = Sparse24Config(
+        dataset=(batch for batch in [torch.zeros(1)]), tokenizer=Tokenizer(), modules_to_not_convert=["up_proj"]
+    )
+    copied = copy.deepcopy(config)
+    assert copied.dataset is config.dataset
+    assert copied.tokenizer is config.tokenizer
+    assert copied.to_dict() == config.to_dict()
+    copied.modules_to_not_convert.append("q_proj")
+    copied.seed = 1
+    assert (config.modules_to_not_convert, config.seed) == (["up_proj"], 0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from hf_sparse24 import Sparse24Config, prune_
-from hf_sparse24.calibration.text import split_text
+from hf_sparse24.calibration.documents import split_text
 from hf_sparse24.evaluation import (
     Evaluation,
     compared,
@@ -139,8 +139,8 @@ def test_dropout_is_off_while_measuring_and_modes_are_restored(training):
 class Letters:
     """A tokenizer of letters, with 1 at the beginning of a text if asked to."""
 
-    def __init__(self, bos_token_id=None):
-        self.bos_token_id = bos_token_id
+    def __init__(self, bos_token_id=None, eos_token_id=None):
+        self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         start = [self.bos_token_id] if add_special_tokens and self.bos_token_id else []
@@ -161,6 +161,25 @@ def test_each_window_begins_as_the_tokenizer_begins_a_text():
     token_ids = held_out_tokens(Letters(bos_token_id=1), TEXT, window=10, windows=3).view(3, 10)
     assert token_ids[:, 0].tolist() == [1, 1, 1]
     assert "".join(map(chr, token_ids[:, 1:].flatten().tolist())) == split_text(TEXT)[1][:27]
+
+
+def test_of_a_file_of_rows_the_last_tenth_is_scored(datasets, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = ["calibration"] * 90 + ["", "held", "out"] + ["more"] * 7
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    token_ids = held_out_tokens(Letters(bos_token_id=1, eos_token_id=2), path, window=6, windows=2)
+    assert "".join(map(chr, token_ids.tolist())) == "\1held\2\1out\2m"
+    with pytest.raises(ValueError, match="which is held out, has 35 tokens: less than one window of 99"):
+        held_out_tokens(Letters(), path, window=99, windows=2)
+
+
+def test_a_file_of_text_is_read_as_its_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    expected = held_out_tokens(Letters(), TEXT, window=10, windows=3)
+    assert torch.equal(held_out_tokens(Letters(), path, window=10, windows=3), expected)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        held_out_tokens(Letters(), tmp_path / "missing.jsonl", window=10, windows=3)
 
 
 def test_a_text_shorter_than_a_window_is_refused():

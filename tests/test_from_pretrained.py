@@ -327,6 +327,15 @@ class TestCalibrated:
             "smooth": True,
         }
 
+    @pytest.mark.parametrize("auto_class", [LlamaForCausalLM, AutoModelForCausalLM])
+    def test_a_generator_is_read_once_as_a_list_is(self, tiny_llama_folder, auto_class):
+        of_list = calibrated()
+        of_generator = calibrated(dataset=(batch for batch in of_list.dataset))
+        model = auto_class.from_pretrained(tiny_llama_folder, quantization_config=of_generator)
+        assert_same_model(model, LlamaForCausalLM.from_pretrained(tiny_llama_folder, quantization_config=of_list))
+        assert model.config.quantization_config.produced_by["calibration"]["dataset"] == "generator"
+        copy.deepcopy(model.config)
+
     def test_strings_and_a_tokenizer(self, tiny_llama_folder, tmp_path):
         words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(90)}, unk_token="w0"))
         words.pre_tokenizer = pre_tokenizers.Whitespace()

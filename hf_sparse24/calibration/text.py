@@ -7,14 +7,12 @@ need. A document much longer than a window is read in pieces, one of each docume
 
 Batches that the user made (images, audio, encoder-decoder inputs, anything) pass as they are.
 
-Of a text file the last tenth is never read here; it is the held-out text of `evaluation`, which cuts with the same
-`split_text`. What is wrong with the data is found here, before a weight has changed, as far as the data alone show it.
+`documents` opens files and datasets, and leaves the last tenth of a file for evaluation. What is wrong with the data
+is found here, before a weight has changed, as far as the data alone show it.
 """
 
-import itertools
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse24.calibration.documents import documents_of, is_dataset
 from hf_sparse24.calibration.self_generated import check_writes_text, sample_windows
 from hf_sparse24.calibration.windows import (
     check_context,
     check_token_ids,
-    end_of_line_or_word,
+    check_tokenizer,
     pack,
     pack_text,
     resolve_tokenizer,
 )
 
-HELD_OUT = 0.1
 SELF = "self"
 
-_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-_DATA_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _KINDS = "'self', a text file, the name of a dataset, a datasets.Dataset, strings, a mixture of these, or batches"
-_SHUFFLE_BUFFER = 1000
 
 
 def calibration_batches(
@@ -59,7 +54,8 @@ def calibration_batches(
         source: one of
 
             - `"self"`: text that the model writes itself; decoder-only models, no tokenizer needed
-            - a text file, as `pathlib.Path` or `str`; its last tenth is left for evaluation
+            - a file, as `pathlib.Path` or `str`; its last tenth is left for evaluation. Of .csv, .json, .jsonl and
+              .parquet that is a tenth of the rows, which are read as those of a dataset; all else is UTF-8 text
             - the name or folder of a dataset, or `"name:config"`: its train split, column "text" or the only column
               of strings
             - a `datasets.Dataset` or `IterableDataset`, with text or with `input_ids`, which are taken as they are
@@ -102,22 +98,6 @@ def calibration_batches(
     return [{"input_ids": windows[first::batches].contiguous()} for first in range(batches)]
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """Cut a text in two, at the end of a line or else of a word: what calibration may see, and what it never does.
-
-    Returns:
-        `tuple[str, str]`: the calibration part and the held-out part, at least the last tenth; joined, the text.
-
-    ```python
-    >>> split_text("All work and no play. " * 10)[1]
-    'All work and no play. '
-
-    ```
-    """
-    cut = end_of_line_or_word(text, int(len(text) * (1 - HELD_OUT)), len(text) // 20)
-    return text[:cut], text[cut:]
-
-
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
     """Share `total` out by weight: largest remainders first, at least one each.
 
@@ -149,87 +129,22 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
 
 def _text_windows(source: Any, tokenizer: Any, model: Any, count: int, length: int, seed: int) -> Tensor:
     """Return (count, length) int64 windows of one source of text."""
-    source = _open(source)
-    documents = _shuffled(source, seed)
-    if _is_dataset(source):
-        column, rows = _find_column(documents)
-        if column == "input_ids":
-            return pack(map(_row_ids, rows), count, length)
-        documents = (row[column] or "" for row in rows)
-    return pack_text(documents, resolve_tokenizer(tokenizer, model), count, length, seed)
-
-
-def _is_dataset(source: Any) -> bool:
-    return hasattr(source, "column_names") and hasattr(source, "features")
+    documents, tokenized = documents_of(source, seed)
+    if tokenized:
+        return pack(documents, count, length)
+    tokenizer = resolve_tokenizer(tokenizer, model)
+    check_tokenizer(tokenizer, model)
+    return pack_text(documents, tokenizer, count, length, seed)
 
 
 def _is_text(source: Any) -> bool:
     strings = isinstance(source, list | tuple) and source and all(isinstance(item, str) for item in source)
-    return bool(strings) or isinstance(source, str | Path) or _is_dataset(source)
+    return bool(strings) or isinstance(source, str | Path) or is_dataset(source)
 
 
 def _is_mixture(source: Any) -> bool:
     pairs = isinstance(source, list | tuple) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
     return pairs and len(source) > 0
-
-
-def _open(source: Any) -> Any:
-    """Turn a path into a document and a name into a dataset; all else is open."""
-    if not isinstance(source, str | Path):
-        return source
-    suffix = Path(source).suffix.lower()
-    if os.path.isfile(source) and suffix not in _DATA_FORMATS:
-        try:
-            return [split_text(Path(source).read_text(encoding="utf-8"))[0]]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Calibration text must be UTF-8; {source} is not ({error.reason}).") from error
-    if not os.path.exists(source) and (isinstance(source, Path) or suffix in _TEXT_SUFFIXES):
-        raise FileNotFoundError(f"Calibration text was asked from {str(source)!r}; there is no such file.")
-    return _load_dataset(str(source), suffix)
-
-
-def _load_dataset(name: str, suffix: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"Calibration with the dataset {name!r} needs the package datasets: pip install datasets."
-        ) from error
-    streaming = not datasets.config.HF_HUB_OFFLINE  # offline, only what is in the cache can be read
-    if os.path.isfile(name):
-        return datasets.load_dataset(_DATA_FORMATS[suffix], data_files=name, split="train", streaming=streaming)
-    name, _, configuration = (name, "", "") if os.path.isdir(name) else name.partition(":")
-    return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
-
-
-def _shuffled(source: Any, seed: int) -> Iterator[Any]:
-    """Yield the rows of a dataset, or the strings of a list, in random order."""
-    if hasattr(source, "__len__"):
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-        return (source[int(index)] for index in order)
-    return iter(source.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
-
-
-def _find_column(rows: Iterator[dict[str, Any]]) -> tuple[str, Iterator[dict[str, Any]]]:
-    """Return the column to read, and the rows again."""
-    first = next(rows, None)
-    if first is None:
-        raise ValueError("The calibration dataset has no rows; give one that has some.")
-    strings = [name for name, value in first.items() if isinstance(value, str)]
-    for column in ("input_ids", "text", *(strings if len(strings) == 1 else ())):
-        if column in first:
-            return column, itertools.chain([first], rows)
-    raise ValueError(
-        "A calibration dataset needs a column 'text' or 'input_ids', or a single column of strings; this one has "
-        f"{', '.join(first)}. Rename the column to read with rename_column(..., 'text')."
-    )
-
-
-def _row_ids(row: dict[str, Any]) -> list[int]:
-    """Return the token ids of a row, without those that its attention mask hides."""
-    ids = torch.as_tensor(row["input_ids"]).flatten()
-    mask = row.get("attention_mask")
-    return (ids if mask is None else ids[torch.as_tensor(mask).flatten().bool()]).tolist()
 
 
 def _check_parts(parts: Sequence[tuple[Any, Any]], model: Any, sequence_length: int) -> None:
@@ -297,6 +212,12 @@ def _check_values(batch: dict[str, Any], index: int, model: Any) -> None:
     ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and not ids.is_floating_point():
         check_token_ids(ids, model)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return
+    for key in ("decoder_input_ids", "labels"):  # the decoder reads labels where it is given nothing else
+        ids = batch.get(key)
+        if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point():
+            check_token_ids(ids[ids != -100] if key == "labels" else ids, model.get_decoder())
 
 
 def _describe(value: Any) -> str:

@@ -21,6 +21,7 @@ from hf_sparse24.evaluation.figures import (
     read_evaluations,
     recovery,
 )
+from hf_sparse24.evaluation.files import evaluate_pairs, image_batches, images_in
 from hf_sparse24.evaluation.harness import check_tasks, evaluate_tasks
 from hf_sparse24.evaluation.language import check_causal, held_out_tokens, nll, perplexity
 
@@ -32,10 +33,13 @@ __all__ = [
     "check_tasks",
     "compared",
     "embed",
+    "evaluate_pairs",
     "evaluate_tasks",
     "feature_cosine",
     "features",
     "held_out_tokens",
+    "image_batches",
+    "images_in",
     "nll",
     "perplexity",
     "print_evaluations",

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_sparse24.calibration.text import split_text
+from hf_sparse24.calibration.documents import held_out_documents, split_text
 from hf_sparse24.calibration.windows import check_context, check_token_ids
 from hf_sparse24.evaluation.running import Batch, check_not_nan, evaluating, moved
 
@@ -78,15 +80,16 @@ def nll(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / count
 
 
-def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, windows: int) -> Tensor:
-    """Tokenize the last tenth of a text, which calibration never reads.
+def held_out_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, window: int, windows: int) -> Tensor:
+    """Tokenize the last tenth of a text or of a file's rows, which calibration on the same file never reads.
 
     Where the tokenizer begins every text with a BOS token, so does each window, as in calibration: some models are
-    lost without it. It is the first token of its window, so it is not scored.
+    lost without it. It is the first token of its window, so it is not scored. Between rows stands an EOS token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        text (`str`): the whole text.
+        source (`str` or `Path`): the whole text, or a file: .csv, .json, .jsonl or .parquet with a column of text or
+            of `input_ids`, else a UTF-8 text.
         window (`int`): tokens per window, BOS included.
         windows (`int`): how many to return at most, from the beginning of the held-out part.
 
@@ -94,13 +97,18 @@ def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, 
         `Tensor`: (tokens,) int64, a multiple of `window`.
 
     Raises:
-        `ValueError`: the held-out part is shorter than one window.
+        `ValueError`: the held-out part is shorter than one window, or the file cannot be read as text.
+        `FileNotFoundError`: there is no such file.
     """
+    if isinstance(source, Path):
+        documents, tokenized = held_out_documents(source)
+    else:
+        documents, tokenized = [split_text(source)[1]], False
     start = [tokenizer.bos_token_id]
-    start = start if tokenizer("")["input_ids"][:1] == start else []
-    token_ids = tokenizer(split_text(text)[1], add_special_tokens=False, verbose=False)["input_ids"]
+    start = start if not tokenized and tokenizer("")["input_ids"][:1] == start else []
     inside = window - len(start)
-    count = min(len(token_ids) // inside, windows)
+    token_ids = _joined(tokenizer, documents, tokenized, inside * windows)
+    count = len(token_ids) // inside
     if count < 1:
         raise ValueError(
             f"The last tenth of the text, which is held out, has {len(token_ids)} tokens: less than one window of "
@@ -110,6 +118,18 @@ def held_out_tokens(tokenizer: PreTrainedTokenizerBase, text: str, window: int, 
     return torch.cat([torch.tensor([start] * count).long(), rows], dim=1).flatten()
 
 
+def _joined(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Any], tokenized: bool, most: int) -> list[int]:
+    """Return the first tokens of documents, `most` at most, with an EOS token between two texts."""
+    token_ids: list[int] = []
+    for document in documents:
+        ids = document if tokenized else tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        between = token_ids and ids and not tokenized and tokenizer.eos_token_id is not None
+        token_ids += [tokenizer.eos_token_id] * bool(between) + ids
+        if len(token_ids) >= most:
+            break
+    return token_ids[:most]
+
+
 def check_causal(model: nn.Module) -> None:
     """Refuse a transformers model without a causal language-model head, and name what measures it instead."""
     config = getattr(model, "config", None)
@@ -117,9 +137,9 @@ def check_causal(model: nn.Module) -> None:
         return
     if config.is_encoder_decoder or not model.can_generate():
         raise ValueError(
-            f"Perplexity needs a causal language model and {type(model).__name__} is not one; in Python, "
-            "hf_sparse24.evaluation has nll for encoder-decoder models, retrieval_recall for sentence encoders and "
-            "feature_cosine for vision models."
+            f"Perplexity needs a causal language model and {type(model).__name__} is not one. hf-sparse24 evaluate "
+            "measures encoder-decoder models and sentence encoders with --pairs and vision models with --images; in "
+            "Python hf_sparse24.evaluation has nll, retrieval_recall and feature_cosine."
         )
 
 

@@ -24,7 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_sparse24.calibration.text import HELD_OUT, calibration_batches, share_out, split_text
+from hf_sparse24.calibration.documents import HELD_OUT, held_out_documents, split_text
+from hf_sparse24.calibration.text import calibration_batches, share_out
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(96 - len(SPECIAL))]
@@ -201,6 +202,46 @@ def test_the_held_out_tenth_of_a_file_is_never_seen(tiny_llama, tokenizer, tmp_p
         assert len(SPECIAL) + 1 in ids
 
 
+def write_rows(datasets, path, column, values):
+    rows = datasets.Dataset.from_dict({"number": list(range(len(values))), column: values})
+    write = {".csv": rows.to_csv, ".parquet": rows.to_parquet}.get(path.suffix, rows.to_json)
+    write(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_the_held_out_tenth_of_a_files_rows_is_never_seen(tiny_llama, tokenizer, datasets, tmp_path, suffix, kind):
+    path = write_rows(datasets, tmp_path / f"rows{suffix}", "content", [f"w{row} w{row}" for row in range(45)])
+    seen = {
+        token - len(SPECIAL)
+        for seed in range(5)
+        for token in flat(calibration_batches(kind(path), tiny_llama, tokenizer, 6, 16, seed=seed))
+        if token != EOS
+    }
+    documents, tokenized = held_out_documents(path)
+    held_out = [int(document.split()[0][1:]) for document in documents]
+    assert not tokenized
+    assert held_out == list(range(40, 45))
+    assert seen == set(range(40))
+
+
+def test_the_held_out_tenth_of_rows_of_token_ids(tiny_llama, datasets, tmp_path):
+    path = write_rows(datasets, tmp_path / "rows.parquet", "input_ids", [[row, row] for row in range(20)])
+    assert set(flat(calibration_batches(path, tiny_llama, None, 4, 9))) == set(range(18))
+    documents, tokenized = held_out_documents(path)
+    assert tokenized
+    assert list(documents) == [[18, 18], [19, 19]]
+
+
+def test_a_single_row_has_no_tenth_to_hold_out(tiny_llama, tokenizer, datasets, tmp_path):
+    path = write_rows(datasets, tmp_path / "rows.jsonl", "text", [numbered(500)])
+    with pytest.raises(ValueError, match=r"this file has a single row\. Give more rows, or a text file"):
+        calibration_batches(path, tiny_llama, tokenizer, 2, 8)
+    with pytest.raises(ValueError, match="single row"):
+        held_out_documents(path)
+
+
 def test_pieces_of_a_file_are_chosen_by_the_seed_from_all_of_the_calibration_part(tiny_llama, tokenizer, tmp_path):
     path = tmp_path / "book.md"
     path.write_text("".join(f"{word} " * 200 for word in WORDS))
@@ -229,11 +270,6 @@ def test_a_file_that_is_no_text_is_refused(tiny_llama, tokenizer, tmp_path):
 
 
 # Datasets
-
-
-@pytest.fixture
-def datasets():
-    return pytest.importorskip("datasets")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -543,9 +579,55 @@ def test_special_tokens_need_room(bert):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_llama, tokenizer):
+    tokenizer.add_tokens(["w999"])
+    with pytest.raises(ValueError, match=r"does not match the model: a token id is 96, .* has 96 token embeddings"):
+        calibration_batches(["w1 w999"] * 9, tiny_llama, tokenizer, 1, 8)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_whatever_the_text(tiny_llama, tokenizer):
     tiny_llama.resize_token_embeddings(50)
-    with pytest.raises(ValueError, match=r"does not match the model: a token id is 95, .* has 50 token embeddings"):
-        calibration_batches([numbered(200)], tiny_llama, tokenizer, 1, 100)
+    message = r"does not match the model: it has 96 tokens, and LlamaForCausalLM has 50 token embeddings"
+    with pytest.raises(ValueError, match=message):
+        calibration_batches(["w1 w2 w3"] * 20, tiny_llama, tokenizer, 2, 8)
+
+
+def test_an_added_token_that_no_text_has_is_no_reason_to_refuse_a_tokenizer(tiny_llama, caplog):
+    tokenizer = make_tokenizer(eos_token="</s>", pad_token="[PAD]")
+    assert len(tokenizer) == 97
+    assert len(calibration_batches(["w1 w2 w3"] * 20, tiny_llama, tokenizer, 2, 8)[0]["input_ids"]) == 2
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(("ends", "warns"), [(2, False), (7, True), ([7, 2], False), ([7, 8], True), (None, False)])
+def test_special_tokens_that_are_not_the_models_are_warned_of(tiny_llama, tokenizer, caplog, ends, warns):
+    tiny_llama.config.eos_token_id = ends
+    tiny_llama.generation_config.eos_token_id = None
+    calibration_batches(["w1 w2 w3"] * 20, tiny_llama, tokenizer, 2, 8)
+    expected = "its eos_token_id is 2, the config of LlamaForCausalLM has " + ("7 or 8." if ends == [7, 8] else "7.")
+    assert [expected in message for message in caplog.messages] == [True] * warns
+
+
+@pytest.mark.parametrize("key", ["decoder_input_ids", "labels"])
+def test_what_a_decoder_reads_has_embeddings_in_every_batch(key):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=96))
+
+    def batch(highest):
+        return {"input_ids": torch.full((2, 5), 95), key: torch.tensor([[3, highest], [5, 3]])}
+
+    with pytest.raises(ValueError, match="a token id is -100"):
+        calibration_batches(
+            [{"input_ids": torch.ones(2, 5).long(), "decoder_input_ids": torch.full((2, 2), -100)}], t5
+        )
+    with pytest.raises(ValueError, match=r"a token id is 96, and T5Stack has 96 token embeddings"):
+        calibration_batches([batch(95), batch(96)], t5)
+    labelled = batch(95) | {"labels": torch.tensor([[3, 95], [-100, 3]])}
+    assert len(calibration_batches([labelled], t5)) == 1
+
+
+def test_labels_of_other_models_are_no_token_ids(bert):
+    batch = {"input_ids": torch.ones(2, 5).long(), "labels": torch.full((2, 5), 1000)}
+    assert len(calibration_batches([batch], bert)) == 1
 
 
 def test_a_tokenizer_is_found_by_its_name_or_by_the_models(tiny_llama, tokenizer, tmp_path):
