@@ -166,14 +166,7 @@ def prune(
         target_modules=target_modules or None,
         modules_to_not_convert=modules_to_not_convert or None,
     )
-    processes.join()
-    with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
-        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
-        if folder is not None:
-            save_with_companions(pruned, model, folder)
-    if processes.is_first():
-        _print_report(sparsity_report(pruned), as_json)
-    processes.leave()
+    _prune(model, out, config, dtype, device, force, as_json)
 
 
 @app.command(rich_help_panel=_BESIDE)
@@ -263,6 +256,20 @@ def main() -> None:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         typer.echo(f"hf-sparse24: {error}", err=True)
         raise SystemExit(1) from None
+
+
+def _prune(
+    model: str, out: Path, config: Sparse24Config, dtype: str, device: str | None, force: bool, as_json: bool
+) -> None:
+    """Prune, alone or as one of several processes, of which the first writes and reports."""
+    processes.join()
+    with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
+        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
+        if folder is not None:
+            save_with_companions(pruned, model, folder)
+    if processes.is_first():
+        _print_report(sparsity_report(pruned), as_json)
+    processes.leave()
 
 
 def _mixture(sources: list[str]) -> str | list[tuple[str, float]] | None:

@@ -35,36 +35,46 @@ Load = Callable[[str], PreTrainedModel]
 Measure = Callable[[PreTrainedModel], list[Evaluation]]
 
 
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="A text, or .csv, .json, .jsonl or .parquet. Its last tenth is scored; calibration reads the rest."
+    ),
+]
+Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-eval, or YAML files of tasks, separated by commas.")]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(help="Rows of .csv, .json, .jsonl or .parquet with target, and input or audio. All are scored."),
+]
+Images = Annotated[Path | None, typer.Option(help="A folder with images. Needs --dense.")]
+Dense = Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")]
+Window = Annotated[int, typer.Option(min=2, help="Of the text: tokens per window.")]
+Windows = Annotated[int, typer.Option(min=1, help="Of the text: how many to score at most.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Of each task: the first so many documents. Default: all.")]
+Fewshot = Annotated[
+    int | None, typer.Option(min=0, help="Of each task: solved examples in the prompt. Default: the task's.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of each task: requests per forward pass.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Of pairs: read only the first so many tokens of each text.")
+]
+Pooling = Annotated[str, typer.Option(help="Of images: cls, mean, or pooler for models without tokens.")]
+
+
 def evaluate(
     model: Model,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="A text, or .csv, .json, .jsonl or .parquet. Its last tenth is scored; calibration reads the rest."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, or YAML files of tasks, separated by commas.")
-    ] = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(help="Rows of .csv, .json, .jsonl or .parquet with target, and input or audio. All are scored."),
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="A folder with images. Needs --dense.")] = None,
-    dense: Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")] = None,
-    window: Annotated[int, typer.Option(min=2, help="Of the text: tokens per window.")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="Of the text: how many to score at most.")] = 32,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Of each task: the first so many documents. Default: all.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Of each task: solved examples in the prompt. Default: the task's.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of each task: requests per forward pass.")] = 8,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Of pairs: read only the first so many tokens of each text.")
-    ] = None,
-    pooling: Annotated[str, typer.Option(help="Of images: cls, mean, or pooler for models without tokens.")] = "cls",
+    text: Text = None,
+    tasks: Tasks = None,
+    pairs: Pairs = None,
+    images: Images = None,
+    dense: Dense = None,
+    window: Window = 1024,
+    windows: Windows = 32,
+    limit: Limit = None,
+    num_fewshot: Fewshot = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
+    pooling: Pooling = "cls",
     device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
@@ -86,12 +96,7 @@ def evaluate(
         hf-sparse24 evaluate ./DINOv2-2of4 --images ./photos --dense ./DINOv2
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    kinds = [bool(names) or text is not None, pairs is not None, images is not None]
-    if sum(kinds) != 1:
-        raise ValueError(
-            "There is one thing to measure at a time: give --text FILE or --tasks with tasks of lm-eval or both, "
-            "--pairs FILE, or --images FOLDER."
-        )
+    _check_one_kind(text is not None or bool(names), pairs is not None, images is not None)
     if names:
         check_tasks(names)
     place = chosen_device(device)
@@ -99,26 +104,33 @@ def evaluate(
     def load(name: str) -> PreTrainedModel:
         return load_model(name, dtype).to(place)
 
-    if images is not None:
-        found = [_cosine(load, model, dense, images, pooling)]
-    else:
-        # The dense model reads what the processors beside the pruned one make.
-        measures: list[Measure] = []
-        if pairs is not None:
-            measures.append(
-                lambda loaded: [evaluate_pairs(loaded, processors=model, table=pairs, max_length=max_length)]
-            )
-        if text is not None:
-            measures.append(lambda loaded: [_perplexity(loaded, model, text, window, windows)])
-        if names:
-            options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
-            measures.append(lambda loaded: evaluate_tasks(loaded, load_tokenizer(model), names, **options))
-        found = _measured(load(model), measures)
-        if dense is not None:
-            found = compared(found, _measured(load(dense), measures))
+    # The dense model reads what the tokenizer or processor beside the pruned one makes.
+    measures: list[Measure] = []
+    if pairs is not None:
+        measures.append(lambda loaded: [evaluate_pairs(loaded, processors=model, table=pairs, max_length=max_length)])
+    if text is not None:
+        measures.append(lambda loaded: [_perplexity(loaded, model, text, window, windows)])
+    if names:
+        options = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
+        measures.append(lambda loaded: evaluate_tasks(loaded, load_tokenizer(model), names, **options))
+    found = [_cosine(load, model, dense, images, pooling)] if images is not None else _measured(load(model), measures)
+    if dense is not None and measures:
+        found = compared(found, _measured(load(dense), measures))
+    _print(found, as_json, as_list=bool(names))
+
+
+def _check_one_kind(*kinds: bool) -> None:
+    if sum(kinds) != 1:
+        raise ValueError(
+            "There is one thing to measure at a time: give --text FILE or --tasks with tasks of lm-eval or both, "
+            "--pairs FILE, or --images FOLDER."
+        )
+
+
+def _print(found: list[Evaluation], as_json: bool, as_list: bool) -> None:
     if not as_json:
         print_evaluations(found, Console(width=100))
-    elif names:
+    elif as_list:
         typer.echo(json.dumps([evaluation.to_dict() for evaluation in found], indent=2))
     else:
         typer.echo(found[0].to_json())
