@@ -82,7 +82,7 @@ class Stream:
 
         Args:
             index (`int`): the number of the batch.
-            states (`Tensor`): (batch, tokens, features) or (batch * tokens, features). With as many tokens as the
+            states (`Tensor`): (batch, tokens, ..., features) or (batch * tokens, features). With as many tokens as the
                 hidden states it is taken for theirs, else for those of what the block is handed beside them.
             handed (`bool`): it is something that the block is handed.
 
@@ -90,15 +90,17 @@ class Stream:
             `Tensor`: bool, the shape of `states` without its last dimension, False for padding.
         """
         rows = states.shape[:-1]
-        own = not handed and _same_rows(rows, self.hidden[index].shape[:2])
+        own = not handed and _has_rows_of(rows, self.hidden[index].shape[:2])
         mask = self._masks[index].own if own else self._masks[index].handed
-        fits = mask is not None and _same_rows(rows, mask.shape)
-        return mask.to(states.device).reshape(rows) if mask is not None and fits else None
+        if mask is None or not _has_rows_of(rows, mask.shape):
+            return None
+        mask = mask.to(states.device)
+        return mask.flatten() if len(rows) == 1 else mask.view(*mask.shape, *[1] * (len(rows) - 2)).expand(rows)
 
 
-def _same_rows(rows: torch.Size, tokens: torch.Size) -> bool:
-    """Tell whether rows are (batch, tokens), flattened or not."""
-    return rows in (tokens, (tokens.numel(),))
+def _has_rows_of(rows: torch.Size, tokens: torch.Size) -> bool:
+    """Tell whether rows are (batch, tokens), flattened, or with more than one to a token."""
+    return rows[:2] == tokens or rows == (tokens.numel(),)
 
 
 def block_names(model: nn.Module, targets: Sequence[str]) -> list[str]:

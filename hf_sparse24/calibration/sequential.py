@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_sparse24 import processes
-from hf_sparse24.calibration.blocks import Batch, block_names, find_chains, record
+from hf_sparse24.calibration.blocks import Batch, Stream, block_names, find_chains, record
 from hf_sparse24.calibration.distillation import distill_, why_not_distilled
 from hf_sparse24.calibration.fitting import Fit
 from hf_sparse24.calibration.inputs import check_reached, noting_reached
@@ -63,8 +63,9 @@ def prune_sequentially_(
     with _set_for_walking(model):
         with processes.together():
             chains = find_chains(model, batches[0], names)
+        dense = _dense_streams(pruner, batches, chains)
         with _told_when_interrupted(pruner, [name for chain in chains for name in chain]) as bar:
-            _walk(pruner, batches, chains, walked, bar)
+            _walk(pruner, batches, chains, dense, walked, bar)
             walked.distilled = _distill(pruner, batches, chains[-1][-1])
     return walked
 
@@ -90,20 +91,32 @@ def why_not_distilled_at_the_end(model: nn.Module, selection: Selection, batches
         return why_not_distilled(model, batches[0], chains[-1][-1])
 
 
-def _walk(
-    pruner: BlockPruner, batches: Sequence[Batch], chains: Sequence[list[str]], walked: Walked, bar: Any
-) -> None:
-    """Prune all blocks, chain by chain; before that, see in the dense model that the data reach all of them."""
+def _dense_streams(pruner: BlockPruner, batches: Sequence[Batch], chains: Sequence[list[str]]) -> list[Stream]:
+    """Run the dense model on all batches: a stream at the start of each chain, once the data prove to reach all."""
     with processes.together(), noting_reached(pruner.model, pruner.selection.targets) as missing:
-        recorded = record(pruner.model, batches, chains, pruner.device)
+        streams = record(pruner.model, batches, chains, pruner.device)
     check_reached(missing)
-    first = recorded[0].copy()
-    dense = recorded if pruner.recipe.follows_dense else [None] * len(chains)
-    del recorded  # hidden states that nobody follows take memory
+    return streams
+
+
+def _walk(
+    pruner: BlockPruner,
+    batches: Sequence[Batch],
+    chains: Sequence[list[str]],
+    dense: list[Stream],
+    walked: Walked,
+    bar: Any,
+) -> None:
+    """Prune all blocks, chain by chain, beside the dense model's streams where these are followed."""
+    follows = pruner.recipe.follows_dense
+    stream = dense[0].copy() if follows else dense[0]
+    if not follows:
+        del dense[1:]  # they take memory
     for number, chain in enumerate(chains):
-        with processes.together():
-            stream = record(pruner.model, batches, [chain], pruner.device)[0] if number else first
-        pruner.follow = dense[number]
+        if number:
+            with processes.together():
+                (stream,) = record(pruner.model, batches, [chain], pruner.device)
+        pruner.follow = dense[number] if follows else None
         for name in chain:
             bar.set_postfix_str(name)
             pruner.prune_block_(name, stream, walked)

@@ -122,6 +122,7 @@ def test_kept_tokens_are_those_of_the_mask_of_the_same_shape():
     assert kept.dtype == torch.bool
     assert kept.tolist() == batch["attention_mask"].bool().tolist()
     assert torch.equal(stream.kept_tokens(0, torch.empty(14, 32)), kept.flatten())
+    assert torch.equal(stream.kept_tokens(0, torch.empty(2, 7, 4, 32)), kept.unsqueeze(2).expand(2, 7, 4))
     assert stream.kept_tokens(0, torch.empty(2, 8, 32)) is None
     (unmasked,) = record(build("bert"), [inputs("bert")], [chain])
     assert unmasked.kept_tokens(0, torch.empty(2, 7, 32)) is None
