@@ -1,7 +1,7 @@
 """What the files of a packed checkpoint say before any tensor is read: safetensors headers only.
 
 A layer of the file is whatever has a `<layer>.weight_indices`; names are the file's own, which transformers may rename
-on the way in. The contents of the indices are checked later, when they are in memory (`packing.check_packed`).
+on the way in. The contents of the indices are checked later, when they are in memory (`verification`).
 """
 
 from collections.abc import Iterable

@@ -120,7 +120,7 @@ def scatter_values(values: Tensor, indices: Tensor) -> Tensor:
         _blocks(values, in_features), _blocks(indices, in_features), _blocks(dense, in_features), strict=True
     ):
         low, high = bits_of(value_block).unflatten(-1, (-1, 2)).unbind(-1)
-        first, second = _columns_of_values(index_block, in_features // GROUP_SIZE)
+        first, second = columns_of_values(index_block, in_features // GROUP_SIZE)
         columns = [keep_bits(low, first == c) | keep_bits(high, second == c) for c in range(GROUP_SIZE)]
         bits_of(target).copy_(torch.stack(columns, -1).flatten(-2))
     return dense
@@ -212,50 +212,6 @@ def round_to(scaled: Tensor, dtype: torch.dtype) -> Tensor:
     return (scaled.round() if dtype == torch.int8 else scaled).clamp(-bound, bound).to(dtype)
 
 
-def check_packed(packed: PackedWeight, shape: tuple[int, ...], name: str) -> None:
-    """Raise `ValueError` when a packed weight, as read from a file, is not format 1 of a weight of `shape`.
-
-    Args:
-        packed (`PackedWeight`): what was read.
-        shape (`tuple[int, ...]`): (..., N, K) of the dense weight.
-        name (`str`): the module, for the message.
-    """
-    *leading, in_features = shape
-    check_value_dtype(packed.weight.dtype, name)
-    quantized = packed.weight.dtype in LARGEST_VALUE
-    expected = {
-        "weight": ((*leading, in_features // 2), packed.weight.dtype, packed.weight),
-        "weight_indices": ((*leading, indices_width(in_features)), torch.uint8, packed.weight_indices),
-    }
-    if quantized != (packed.weight_scale is not None):
-        state = "missing" if quantized else "present"
-        raise damaged(f"{name}.weight_scale is {state} beside {dtype_name(packed.weight.dtype)} values")
-    if packed.weight_scale is not None:
-        expected["weight_scale"] = (tuple(leading), torch.float32, packed.weight_scale)
-    for key, (wanted_shape, wanted_dtype, tensor) in expected.items():
-        if tuple(tensor.shape) != wanted_shape:
-            raise damaged(
-                f"{name}.{key} has shape {tuple(tensor.shape)}, format 1 of {tuple(shape)} has {wanted_shape}"
-            )
-        if tensor.dtype != wanted_dtype:
-            raise damaged(f"{name}.{key} is {dtype_name(tensor.dtype)}, format 1 has {dtype_name(wanted_dtype)}")
-    _check_indices(packed.weight_indices, in_features, name)
-    if packed.weight_scale is not None and not bool(
-        (packed.weight_scale.isfinite() & (packed.weight_scale > 0)).all()
-    ):
-        raise damaged(f"{name}.weight_scale holds a value that is not a positive finite number")
-
-
-def _check_indices(indices: Tensor, in_features: int, name: str) -> None:
-    first, second = _columns_of_values(indices, in_features // GROUP_SIZE)
-    descending = first >= second
-    if bool(descending.any()):
-        where = tuple(descending.nonzero()[0].tolist())
-        raise damaged(f"{name}.weight_indices is not ascending, the first time at (row, group) {where}")
-    if in_features % (2 * GROUP_SIZE) and bool((indices[..., -1] >> 4).any()):
-        raise damaged(f"{name}.weight_indices has a nonzero unused last nibble")
-
-
 def damaged(found: str) -> ValueError:
     """Return the error for a packed checkpoint that is not format 1."""
     return ValueError(f"The packed checkpoint is damaged: {found}. Download or save it again.")
@@ -299,7 +255,7 @@ def _pack_block(weight: Tensor, nonzero: Tensor, values: Tensor, indices: Tensor
     indices[..., : nibbles.shape[-1] // 2].add_(nibbles[..., 1::2] * 16)
 
 
-def _columns_of_values(indices: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def columns_of_values(indices: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Return the columns, 0 to 3, of the first and second value of each group, each (..., groups) uint8."""
     nibbles = torch.stack((indices & 15, indices >> 4), -1).flatten(-2)[..., :groups]
     return nibbles & 3, nibbles >> 2

@@ -35,6 +35,7 @@ from hf_sparse24.packing import QUANTIZED_DTYPES, damaged
 from hf_sparse24.prune import check_method, prune_on_request_
 from hf_sparse24.selection import Selection, Skipped, Target, select
 from hf_sparse24.shards import is_sharded
+from hf_sparse24.verification import check_all_packed
 
 
 class Sparse24HfQuantizer(HfQuantizer):
@@ -231,6 +232,7 @@ def _tie_packed_tensors(model: PreTrainedModel) -> int:
 def _finish_reading(model: PreTrainedModel) -> None:
     """Restore dtypes and freezing that the loader does not know of, and verify every packed layer."""
     merge_tied_(model)
+    read: dict[str, PackedModule] = {}
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             _check_dense(name, module)
@@ -247,8 +249,10 @@ def _finish_reading(model: PreTrainedModel) -> None:
             values = module.weight.data.to(QUANTIZED_DTYPES[module.quantization])
             module.weight = torch.nn.Parameter(values, requires_grad=False)
         if not module.weight.is_meta:  # offloaded weights live in accelerate's hooks
-            module.check(name)
-            module.prepare_()
+            read[name] = module
+    check_all_packed((name, module.packed, module.dense_shape) for name, module in read.items())
+    for module in read.values():
+        module.prepare_()
     keep_module_names(model)
 
 

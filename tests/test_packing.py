@@ -9,13 +9,13 @@ from hf_sparse24.packing import (
     VALUE_DTYPES,
     PackedWeight,
     absmax_scale,
-    check_packed,
     indices_width,
     pack_weight,
     quantize_rows,
     unpack_weight,
 )
-from hf_sparse24.pattern import apply_mask_, mask_2to4
+from hf_sparse24.pattern import apply_mask_, mask_2to4, prune_2to4
+from hf_sparse24.verification import check_all_packed, check_packed
 
 
 def sparse(rows, columns, dtype=torch.float32, seed=0, zeros=0.0, leading=()):
@@ -223,3 +223,24 @@ def test_a_gpu_packs_the_same_bytes(quantization):
     for left, right in zip(on_cpu, on_gpu, strict=True):
         assert left is None or same_bits(left, right.cpu())
     assert same_bits(unpack_weight(on_gpu).cpu(), unpack_weight(on_cpu))
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_of_many_weights_the_damaged_one_is_named(quantization, monkeypatch):
+    monkeypatch.setattr("hf_sparse24.verification._CHECKED_AT_ONCE", 40)
+    weights = {
+        f"layers.{number}": pack_weight(prune_2to4(torch.randn(4, width)), quantization)
+        for number, width in enumerate((20, 64, 20, 64, 64, 20))
+    }
+    everything = [(name, packed, (4, 2 * packed.weight.shape[1])) for name, packed in weights.items()]
+    check_all_packed(everything)
+    weights["layers.4"].weight_indices[2, 5] = 0
+    with pytest.raises(
+        ValueError, match=r"layers\.4\.weight_indices is not ascending, the first time at \(row, group\) \(2, 10\)"
+    ):
+        check_all_packed(everything)
+    weights["layers.4"].weight_indices[2, 5] = 0x44
+    if quantization is not None:
+        weights["layers.2"].weight_scale[1] = float("nan")
+        with pytest.raises(ValueError, match=r"layers\.2\.weight_scale holds a value"):
+            check_all_packed(everything)

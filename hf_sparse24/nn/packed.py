@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_sparse24.capability import check_backend
 from hf_sparse24.kernels import dispatch
-from hf_sparse24.packing import QUANTIZED_DTYPES, PackedWeight, check_packed, check_value_dtype, indices_width
+from hf_sparse24.packing import QUANTIZED_DTYPES, PackedWeight, check_value_dtype, indices_width
 from hf_sparse24.pattern import bits_of, check_in_features
 
 
@@ -83,10 +83,6 @@ class PackedModule(nn.Module):
         self.weight = initialized(frozen(packed.weight))
         self.weight_indices = initialized(frozen(packed.weight_indices))
         self.weight_scale = None if packed.weight_scale is None else initialized(frozen(packed.weight_scale))
-
-    def check(self, name: str) -> None:
-        """Raise `ValueError` when the state, as read from a file, is not format 1 (see `packing.check_packed`)."""
-        check_packed(self.packed, self.dense_shape, name)
 
     def reset_parameters(self) -> None:
         """Refuse: a packed weight is read from a checkpoint or made from a dense one, never initialized at random."""

@@ -15,6 +15,7 @@ from hf_sparse24.nn.mixture import pack_experts_, stacks_of, unpack_experts_, wh
 from hf_sparse24.packing import unpack_weight
 from hf_sparse24.pattern import prune_2to4
 from hf_sparse24.selection import select
+from hf_sparse24.verification import check_packed
 from tests import tiny
 from tests.families import FAMILIES, build
 
@@ -95,7 +96,7 @@ def test_copies_casts_and_files_keep_the_bits(quantization):
     empty = Sparse24Experts(3, 40, 24, quantization)
     empty.load_state_dict(torch.load(file))
     assert_same_state(empty, packed)
-    empty.check("experts")
+    check_packed(empty.packed, empty.dense_shape, "experts")
     half = copy.deepcopy(packed).half()
     assert half.dense_dtype == torch.float16
     if quantization:
