@@ -42,7 +42,7 @@ def test_the_wheel_is_the_package(dist):
         scripts = wheel.read(f"{information}/entry_points.txt").decode()
     assert {name for name in names if not name.startswith(information)} == OF_THE_PACKAGE
     # what is read at run time beside the modules
-    assert {path.suffix for path in map(Path, OF_THE_PACKAGE)} == {".py", ".cu", ".md", ".typed"}
+    assert {path.suffix for path in map(Path, OF_THE_PACKAGE)} == {".py", ".cu", ".h", ".md", ".typed"}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"gpu", "eval", "demo", "bench"} <= set(metadata.get_all("Provides-Extra"))

@@ -293,7 +293,7 @@ def test_evaluate_measures_pairs_and_the_card_has_them(cli, tmp_path, magnitude)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--pairs FILE or --images FOLDER"),
+        ((), "--pairs FILE, or --images FOLDER"),
         (("--text", "a.txt", "--pairs", "b.jsonl"), "one thing to measure at a time"),
         (("--images", "photos"), "name that with --dense"),
         (("--pairs", "missing.jsonl"), "missing.jsonl"),

@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_refused(cli, tiny_llama, tiny_llama_folder, 
         evaluate_tasks(tiny_llama, tokenizer, [task("choice")])
     code, _, err = cli("evaluate", tiny_llama_folder)
     assert code == 1
-    assert "give --text FILE, or --tasks" in err
+    assert "give --text FILE or --tasks" in err
 
 
 def test_without_lm_eval_it_says_what_to_install(cli, tiny_llama_folder, monkeypatch):  # noqa: F811

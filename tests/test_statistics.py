@@ -104,7 +104,7 @@ def test_column_norms_of_a_diagonal_that_rounding_made_negative_are_zero():
 
 
 def test_check_names_what_no_token_reached_and_how_to_keep_it_dense():
-    with pytest.raises(ValueError, match=r"No calibration token reached layers\.0\.q_proj.*=\['q_proj'\]"):
+    with pytest.raises(ValueError, match=r"No calibration token reached layers\.0\.q_proj.*=\['layers\.0\.q_proj'\]"):
         InputStatistics(4).check("layers.0.q_proj")
     all_padding = InputStatistics(4)
     all_padding.add(torch.randn(1, 3, 4), kept=torch.zeros(1, 3, dtype=torch.bool))

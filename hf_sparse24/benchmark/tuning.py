@@ -34,7 +34,7 @@ def token_counts(value_dtype: torch.dtype, most: int = MOST_TOKENS) -> list[int]
 
     ```python
     >>> token_counts(torch.int8, 256)
-    [128, 256]
+    [64, 128, 256]
 
     ```
     """

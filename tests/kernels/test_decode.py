@@ -1,5 +1,7 @@
 """`decode.cu` against float64: on a GPU as NVRTC compiles it, else on an emulated one, as the C++ compiler does."""
 
+import math
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from hf_sparse24.kernels.decode import (
     scaled_linear,
     tiles,
 )
+from hf_sparse24.kernels.decode_blocks import nanoseconds
 from hf_sparse24.kernels.nvrtc import clusters_at_once
 from hf_sparse24.kernels.reference import quantize_per_token
 from hf_sparse24.packing import QUANTIZED_DTYPES, pack_weight, unpack_weight
@@ -248,11 +251,13 @@ def test_every_projection_gets_a_block_that_fits(value_dtype, input_dtype, token
 
 
 def test_a_cluster_that_does_not_fit_at_once_is_taken_to_double_up():
-    problem = Problem(4096, 14336, torch.bfloat16, torch.bfloat16, (9, 0), CLUSTERS.__getitem__)
+    problem = Problem(4096, 14336, torch.int8, torch.int8, (9, 0), CLUSTERS.__getitem__)
     fits = tiles(8, problem)
-    does_not = tiles(8, problem._replace(clusters_at_once={**CLUSTERS, 4: 31}.__getitem__))
-    assert (fits.cluster, -(-4096 // fits.rows)) == (4, 32)
-    assert -(-4096 // does_not.rows) != 32 or does_not.cluster != 4
+    assert fits.cluster > 1
+    clusters = math.ceil(4096 / fits.rows)
+    does_not = problem._replace(clusters_at_once={**CLUSTERS, fits.cluster: clusters - 1}.__getitem__)
+    assert does_not.blocks_each(fits) == 2 * problem.blocks_each(fits) == 2
+    assert nanoseconds(fits, does_not) > nanoseconds(fits, problem)
 
 
 def test_a_part_of_a_gpu_that_holds_no_cluster_gets_blocks_without():

@@ -118,8 +118,9 @@ def test_what_runs_between_few_tokens_and_many(quantization, compute, monkeypatc
         layer = Sparse24Linear.from_linear(pruned_linear(128, 192, True), quantization)
         seen, kernel = [], decode.scaled_linear
         monkeypatch.setattr(decode, "scaled_linear", lambda *args: seen.append(len(args[0])) or kernel(*args))
-        assert_right(layer, torch.randn(2, 20, 192).bfloat16().view(40, 192))
-        assert_right(layer, torch.randn(2, 17, 192).bfloat16())
+        between = (max(FEW_TOKENS[layer.weight.dtype], 16), FEW_QUANTIZED_TOKENS[layer.weight.dtype])
+        assert_right(layer, torch.randn(2, between[1] // 2, 192).bfloat16().view(between[1], 192))
+        assert_right(layer, torch.randn(2, between[0] // 2 + 1, 192).bfloat16())
         # FP8 products of a warp are those of compute capability 8.9 (and 12): elsewhere nothing changes.
         assert bool(seen) == (quantization == "int8" or compute == (8, 9))
         assert not library.problems
