@@ -131,6 +131,7 @@ def test_round_trip(model_type, tmp_path, magnitude):
         assert torch.equal(generated(read), generated(packed))
 
 
+@pytest.mark.survey
 @pytest.mark.parametrize("model_type", TYPES)
 def test_round_trip_in_int8(model_type, tmp_path, magnitude):
     if model_type == "rwkv":
