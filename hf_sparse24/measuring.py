@@ -81,8 +81,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL, packed or not, and what is left of the dense model's quality. What --json prints is for card.
 
-    --text: the perplexity of a causal language model. --tasks: its score in tasks of lm-eval, which comes with
-    pip install 'hf_sparse24[eval]'. --pairs: the recall at 1 of a sentence encoder, or the loss per target token of an
+    --text: the perplexity of a causal language model. --tasks: its score in tasks of lm-eval, which comes with the
+    extra "eval" of this package. --pairs: the recall at 1 of a sentence encoder, or the loss per target token of an
     encoder-decoder model. --images: the cosine of a vision model's features to the dense model's.
 
     Examples:

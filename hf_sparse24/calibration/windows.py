@@ -87,7 +87,7 @@ def check_context(model: Any, length: int) -> None:
     if context is not None and length > context:
         raise ValueError(
             f"Sequences of {length} tokens were asked for; {type(model).__name__} has a context of {context}. "
-            f"Use {context} or less."
+            f"Use {context} or less (sequence_length, or window where perplexity is measured)."
         )
 
 

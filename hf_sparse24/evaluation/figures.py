@@ -118,7 +118,12 @@ def read_evaluations(text: str) -> list[Evaluation]:
     Raises:
         `ValueError`: the text is no JSON, or a figure lacks something.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"What hf-sparse24 evaluate --json prints was expected, and this is no JSON: {error}."
+        ) from None
     return [Evaluation.from_dict(values) for values in (found if isinstance(found, list) else [found])]
 
 
