@@ -1,5 +1,6 @@
 # make demo   prune, pack, save and reload a real language model (5 minutes after downloads)
 # make test   everything that CI runs: style, types, layers, tests on both ends of the transformers range
+# make survey go through every model type of both, which takes minutes more
 # make style  format the code
 # make docs   build the documentation into .site/; every warning is an error
 # make dist   build wheel and sdist into dist/, check them, install the wheel in an empty environment and start it
@@ -13,7 +14,7 @@ EMPTY := .venv-dist
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
-.PHONY: demo test docs check test-newest test-floor style dist bench clean
+.PHONY: demo test docs check test-newest test-floor survey style dist bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -30,9 +31,14 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 test-newest: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not survey"
 
-# The oldest transformers that is supported: what touches its loading internals; of what takes long, a part.
+# What goes through every model type, on both ends of the range; a part of it is in `make test`.
+survey: $(VENV)/.dev $(FLOOR)/.dev
+	$(BIN)/python -m pytest -n 2 -m survey
+	$(FLOOR)/bin/python -m pytest -n 2 -m survey tests/test_architectures.py tests/test_round_trips.py
+
+# The oldest transformers that is supported: what touches its loading internals.
 test-floor: $(FLOOR)/.dev
 	$(FLOOR)/bin/python -m pytest -n 2 -m "not survey" tests/test_from_pretrained.py tests/test_selection.py \
 		tests/test_config.py tests/test_architectures.py tests/test_tied.py tests/test_round_trips.py \
