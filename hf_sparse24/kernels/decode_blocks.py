@@ -143,8 +143,8 @@ def tiles(token_tiles: int, problem: Problem) -> Block:
     """Return the block for a projection, of a few kinds.
 
     On 16-bit activations it is that with which the busiest multiprocessor reads the least; on quantized ones that for
-    which the fitted time is the shortest. The fit is not for the former: it chose blocks that took up to 1.4 times as
-    long on an H100 (bf16, 4096x14336).
+    which the fitted time is the shortest. The fit is not for the former: on an H100 it chose blocks that took 1.3 to
+    1.4 times as long for bf16 on 4096x14336 (`performance_gemm.csv` beside that of the commit 1c88a05).
 
     Every block reads the activations, for its share of the columns: the more rows it has, the fewer bytes are read in
     all, and the fewer multiprocessors have a block, unless a cluster of them shares the columns. The kinds for
