@@ -31,7 +31,7 @@ logger = logging.get_logger(__name__)
 
 # Up to how many tokens the package's own kernel runs, by the dtype of the values: on 16-bit activations; on quantized
 # ones. From `benchmarks/results/performance_kernels.csv`, the sum over the projections of a layer from 16 tokens on;
-# with fewer the two forms for INT8 were not compared. FP8 on quantized ones, which an H100 does not run, was not timed.
+# with fewer the two forms for INT8 were not compared. FP8 on quantized ones, which no H100 runs, was not timed.
 FEW_TOKENS = {torch.float16: 64, torch.bfloat16: 64, torch.int8: 8, torch.float8_e4m3fn: 16}
 FEW_QUANTIZED_TOKENS = {torch.int8: 32, torch.float8_e4m3fn: 64}
 _ALL_TOKENS = 2**31 - 1
