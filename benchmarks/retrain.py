@@ -158,7 +158,7 @@ def own_text(bundle, count, folder, device, end):
                 return None
             model = bundle["model"]().to(device, torch.bfloat16)
             windows = min(OWN_TEXT_AT_ONCE, count - start)
-            ids = sample_windows(model, windows, WINDOW, OWN_TEXT_AT_ONCE // 4, seed=start)
+            ids = sample_windows(model, windows, WINDOW, OWN_TEXT_AT_ONCE, seed=start)
             folder.mkdir(parents=True, exist_ok=True)
             save_file({"ids": ids}, file)
         parts.append(load_file(file)["ids"])
