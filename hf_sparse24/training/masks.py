@@ -4,15 +4,15 @@
 So masks are made after both, hold no parameter, and ask its module for it whenever they are applied. A shard of
 a DTensor is treated as a matrix of its own (`hf_sparse24.shards`).
 
-What keeps zeros zero: gradients of pruned weights are zeroed as soon as they are accumulated, which also keeps them
-out of the clipped norm and of the optimizer's moments, and pruned weights are zeroed after every step, which holds
-under any optimizer.
+What keeps zeros zero: gradients of pruned weights are zeroed at the end of the backward pass that accumulated them,
+which also keeps them out of the clipped norm and of the optimizer's moments, and pruned weights are zeroed after every
+step, which holds under any optimizer. On a GPU either is one kernel for all weights.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_sparse24 import processes
 from hf_sparse24.identity import record_of
+from hf_sparse24.kernels import zero_pruned
 from hf_sparse24.selection import select
 from hf_sparse24.shards import check_shards, is_sharded, local
 
@@ -97,19 +98,25 @@ class Masks(dict[str, Mask]):
     @torch.no_grad()
     def apply_(self) -> None:
         """Write +0.0 into every pruned weight."""
-        for mask in self.values():
-            local(mask.parameter).masked_fill_(mask.pruned(), 0)
+        zero_pruned_((local(mask.parameter), mask) for mask in self.values())
 
     def mask_gradients(self) -> list[RemovableHandle]:
-        """Zero the gradients of pruned weights from now on, as soon as they are accumulated; return the hooks.
+        """Zero the gradients of pruned weights from now on, at the end of each backward pass; return the hooks.
 
         Plain tensor hooks never fire under FSDP2; these do, there on the shard.
         """
+        hook = _GradientHook(self)
         return [
-            mask.parameter.register_post_accumulate_grad_hook(partial(_zero_pruned_gradients, mask=mask))
+            mask.parameter.register_post_accumulate_grad_hook(hook)
             for mask in self.values()
             if mask.parameter.requires_grad
         ]
+
+    @torch.no_grad()
+    def zero_gradients_(self) -> None:
+        """Write +0.0 into the gradient of every pruned weight."""
+        gradients = ((mask.parameter.grad, mask) for mask in self.values() if mask.parameter.requires_grad)
+        zero_pruned_((local(gradient), mask) for gradient, mask in gradients if gradient is not None)
 
     @torch.no_grad()
     def violations(self) -> int:
@@ -163,9 +170,39 @@ def _powers(device: torch.device) -> Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
-@torch.no_grad()
-def _zero_pruned_gradients(parameter: nn.Parameter, mask: Mask) -> None:
-    local(parameter.grad).masked_fill_(mask.pruned(), 0)
+def zero_pruned_(pairs: Iterable[tuple[Tensor, Mask]]) -> None:
+    """Write +0.0 into tensors wherever their masks prune: on a GPU into all of them at once."""
+    together = []
+    for tensor, mask in pairs:
+        if zero_pruned.takes(tensor, mask.bits):
+            together.append((tensor, mask.bits))
+        else:
+            tensor.masked_fill_(mask.pruned(), 0)
+    zero_pruned.zero_pruned_(together)
+
+
+class _GradientHook:
+    """Called after each gradient is accumulated: has all of them masked when the backward pass is over.
+
+    DDP averages gradients and writes them back at the end of the pass, in a callback that it queues when the last one
+    is there. By the time the first callback of this hook runs every other is queued, so what it queues comes last.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._masks, self._pass = masks, -1
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        current = torch._C._current_graph_task_id()  # of a pass that failed there is nothing left to wait for
+        if current == -1:  # not called by autograd
+            self._masks.zero_gradients_()
+        elif current != self._pass:
+            self._pass = current
+            _queue(lambda: _queue(self._masks.zero_gradients_))
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass that runs."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def _targets(model: nn.Module) -> Iterator[tuple[str, int]]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse24 import capability
-from hf_sparse24.kernels import cusparselt, decode, dispatch, float8, quantize_activations
+from hf_sparse24.kernels import cusparselt, decode, dispatch, float8, quantize_activations, zero_pruned
 from hf_sparse24.packing import SMALLEST_TOKEN_SCALE, scatter_values
 
 from .emulation import emulator
@@ -29,8 +29,10 @@ _CACHED = (
     quantize_activations._quantize_token,
     quantize_activations._scale_product,
     cusparselt._open,
+    zero_pruned._can_run,
+    zero_pruned._kernel,
 )
-_ENTRIES = {"few_tokens_linear": "run", "quantize_token": "quantize", "scale_product": "scale"}
+_ENTRIES = {"few_tokens_linear": "run", "quantize_token": "quantize", "scale_product": "scale", "zero_pruned": "zero"}
 
 
 def load(file, function, names, capability):
@@ -40,7 +42,7 @@ def load(file, function, names, capability):
 
 def launch(kernel, grid, threads, arguments, device, shared_memory=0):
     """Run an emulated kernel."""
-    integers = 1 if kernel.__name__ == "scale" else 3
+    integers = 1 if kernel.__name__ in ("scale", "zero") else 3
     pointers, numbers = arguments[:-integers], arguments[-integers:]
     if kernel.__name__ == "quantize":
         numbers = (*numbers[:2], ctypes.c_float(SMALLEST_TOKEN_SCALE))
@@ -118,7 +120,8 @@ def emulated_device(patch, compute=(9, 0)):
     patch.setattr(capability, "_has_operator", lambda: True)
     patch.setattr(float8, "metadata_of", lambda packed: packed.weight_indices.clone())
     patch.setattr(float8, "scaled_linear", _cutlass)
-    for module in (decode, quantize_activations):
+    patch.setattr(zero_pruned, "_on_device", lambda table, device: table)
+    for module in (decode, quantize_activations, zero_pruned):
         patch.setattr(module, "load", load)
         patch.setattr(module, "launch", launch)
         patch.setattr(module, "device_capability", lambda device: compute)
