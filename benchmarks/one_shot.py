@@ -3,6 +3,7 @@
     python benchmarks/one_shot.py smollm2                # all rows of a model; a GPU is taken where there is one
     python benchmarks/one_shot.py smollm2 --rows default # some rows, by name
     python benchmarks/one_shot.py whisper --rows default --seed 1   # its row is "default, seed 1"
+    python benchmarks/one_shot.py smollm2 --rows default --save FOLDER  # keep the model too, in FOLDER/default
     python benchmarks/one_shot.py --collect              # add the rows of all runs to results/one_shot_NAME.json
 
 Each row is appended to results/one_shot_NAME.jsonl as soon as it is there, so that several processes can share the
@@ -14,6 +15,7 @@ import argparse
 import copy
 import json
 import time
+from pathlib import Path
 
 import torch
 from common import RESULTS, conditions, merge
@@ -47,7 +49,7 @@ def requests(calibration):
     return rows
 
 
-def measure(name, row, request, data, seed, folder, note):
+def measure(name, row, request, data, seed, folder, note, save=None):
     """Prune, pack where that was asked for, and evaluate; append one line a model.
 
     The default is quantized afterwards too, which shows what it brings to know of it before.
@@ -78,6 +80,8 @@ def measure(name, row, request, data, seed, folder, note):
         "recipe": recipe,
     }
     append(name, facts | scores(bundle, model), note)
+    if save:
+        model.save_pretrained(Path(save) / facts["row"].replace(", ", "_").replace(" ", "_"))
     if row == "default":
         for quantization in QUANTIZATIONS:
             packed = copy.deepcopy(model)
@@ -115,6 +119,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the order of batches in training, and of 'self'")
     parser.add_argument("--note", help="what else is to be known of this run, such as what shared the GPU")
     parser.add_argument("--folder", default=MODELS)
+    parser.add_argument("--save", help="folder for the pruned models")
     parser.add_argument("--collect", action="store_true")
     arguments = parser.parse_args()
     if arguments.collect:
@@ -128,7 +133,8 @@ def main():
         append(arguments.model, {"row": "dense"} | scores(bundle, bundle["model"]().to(device)), arguments.note)
     for row, (request, data) in wanted.items():
         if not arguments.rows or row in arguments.rows:
-            measure(arguments.model, row, request, data, arguments.seed, arguments.folder, arguments.note)
+            where = arguments.folder, arguments.note, arguments.save
+            measure(arguments.model, row, request, data, arguments.seed, *where)
 
 
 if __name__ == "__main__":

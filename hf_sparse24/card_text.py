@@ -6,7 +6,6 @@ from typing import Any
 
 from hf_sparse24.benchmark.results import OK, ModelRow, ProjectionRow, Row
 from hf_sparse24.evaluation import Evaluation
-from hf_sparse24.report import SparsityReport
 
 PACKED_USE = """\
 With this package, packed:
@@ -47,22 +46,17 @@ _SPEED_COLUMNS = {
 _CONDITIONS = ("device", "driver", "cuda", "torch", "transformers", "torchao", "hf_sparse24", "date")
 
 
-def pattern(report: SparsityReport) -> str:
-    """Say how much of a model is 2:4."""
-    totals = report.totals
+def pattern(totals: Mapping[str, int]) -> str:
+    """Say how much of a model is 2:4, of the totals of its report."""
     return (
         f"{totals['matrices_2to4']} of {totals['matrices']} matrices hold at most two nonzeros in every four "
         f"consecutive weights of a row; violating groups: {totals['violating_groups']}."
     )
 
 
-def dense_lines(report: SparsityReport) -> list[str]:
+def dense_line(kept_dense: Mapping[str, int]) -> str:
     """Say what is dense, and why."""
-    reasons: dict[str, int] = {}
-    for row in report.rows:
-        if row.state == "dense":
-            reasons[row.reason or "not pruned"] = reasons.get(row.reason or "not pruned", 0) + 1
-    return [f"Kept dense: {', '.join(f'{count} ({reason})' for reason, count in reasons.items()) or 'nothing'}."]
+    return f"Kept dense: {', '.join(f'{count} ({reason})' for reason, count in kept_dense.items()) or 'nothing'}."
 
 
 def what_it_is(base_model: str | None, packed: bool, quantization: str | None) -> str:

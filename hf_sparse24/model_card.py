@@ -6,6 +6,7 @@ Trainer appends one section to a card of its own (`append_section`), in the same
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,48 @@ from hf_sparse24.version import __version__
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
+@dataclass(frozen=True, slots=True)
+class CardSubject:
+    """What a card says of a pruned model besides its measurements, read from the model.
+
+    Attributes:
+        model_class (`str`): the class that loads it.
+        record (`Mapping[str, Any]`): what its config says of how it was pruned (`identity.record_of`).
+        totals (`Mapping[str, int]`): `matrices`, `matrices_2to4` and `violating_groups` of its report.
+        kept_dense (`Mapping[str, int]`): how many matrices are dense, by reason.
+        notes (`Sequence[str]`): of its report.
+        packed (`bool`): whether it is stored packed.
+        quantization (`str`, *optional*): `"int8"` or `"fp8"`, where it is packed so.
+    """
+
+    model_class: str
+    record: Mapping[str, Any]
+    totals: Mapping[str, int]
+    kept_dense: Mapping[str, int]
+    notes: Sequence[str] = ()
+    packed: bool = False
+    quantization: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "CardSubject":
+        """Read a model, packed or dense-masked."""
+        report = sparsity_report(model)
+        config = getattr(model.config, "quantization_config", None)
+        packed = isinstance(config, Sparse24Config)
+        quantization = config.quantization if packed else None
+        return cls(
+            type(model).__name__,
+            record_of(model),
+            report.totals,
+            report.kept_dense,
+            report.notes,
+            packed,
+            quantization,
+        )
+
+
 def model_card(
-    model: nn.Module,
+    model: nn.Module | CardSubject,
     name: str,
     *,
     base_model: str | None = None,
@@ -34,28 +75,31 @@ def model_card(
     evaluations: Sequence[Evaluation] = (),
     benchmark: Sequence[Row] = (),
     conditions: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+    commands: Sequence[str] = (),
+    limits: Sequence[str] = (),
 ) -> ModelCard:
     """Render the card of a pruned model, packed or dense-masked.
 
     Args:
-        model (`nn.Module`): what was pruned; its report and its record are read.
+        model (`nn.Module` or `CardSubject`): what was pruned; its report and its record are read.
         name (`str`): the repository that it will be loaded from, or the folder.
         base_model (`str`, *optional*): the Hub id of the dense model.
         license (`str`, *optional*): the Hub's identifier, such as "apache-2.0".
         evaluations (`Sequence[Evaluation]`): what was measured of this model; the first is the headline.
         benchmark (`Sequence[Row]`): rows of `hf-sparse24 bench` for this model; those without a time are left out.
         conditions (`Mapping[str, str]`, *optional*): what stands beside the rows (`benchmark.results.read_csv`).
+        notes, limits (`Sequence[str]`): sentences of your own on how it was made, and on what it does not do.
+        commands (`Sequence[str]`): the shell commands that make it.
 
     Raises:
         `ValueError`: the model has no record of being pruned or violates 2:4, `base_model` is no Hub id, or there are
             rows without conditions.
     """
-    record, report = record_of(model), sparsity_report(model)
-    _check(model, record, report, base_model, benchmark, conditions)
-    config = getattr(model.config, "quantization_config", None)
-    packed = isinstance(config, Sparse24Config)
-    quantization = config.quantization if packed else None
-    task = _task(model)
+    subject = model if isinstance(model, CardSubject) else CardSubject.of(model)
+    _check(subject, base_model, benchmark, conditions)
+    quantization = subject.quantization
+    task = _task(subject.model_class)
     results = _eval_results(evaluations, task or "feature-extraction")
     data = ModelCardData(
         base_model=base_model,
@@ -67,19 +111,21 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
+    use = text.PACKED_USE if subject.packed else text.DENSE_USE
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name.rpartition("/")[2],
-        what_it_is=text.what_it_is(base_model, packed, quantization),
-        pattern=text.pattern(report),
+        what_it_is=text.what_it_is(base_model, subject.packed, quantization),
+        pattern=text.pattern(subject.totals),
         headline=text.headline(evaluations),
-        made=[*text.made_lines(record), *text.dense_lines(report), *report.notes],
-        use=(text.PACKED_USE if packed else text.DENSE_USE).format(model_class=type(model).__name__, name=name),
+        made=[*text.made_lines(subject.record), text.dense_line(subject.kept_dense), *subject.notes, *notes],
+        commands="\n".join(commands),
+        use=use.format(model_class=subject.model_class, name=name),
         evaluation_table=text.evaluation_table(evaluations),
         speed_table=text.speed_table(benchmark),
         speed_conditions=text.conditions_line(conditions or {}),
-        limits=text.limit_lines(evaluations, packed),
+        limits=[*text.limit_lines(evaluations, subject.packed), *limits],
     )
 
 
@@ -103,14 +149,14 @@ def append_section(
     """
     lines = [
         f"Trained for {steps} steps with mask policy `{policy}`, hf_sparse24 {__version__}.",
-        *text.dense_lines(report),
+        text.dense_line(report.kept_dense),
         *text.loss_lines(history),
     ]
     section = [
         "",
         "## 2:4 sparsity",
         "",
-        f"{text.pattern(report)} The weights are ordinary tensors with zeros and load without any package; "
+        f"{text.pattern(report.totals)} The weights are ordinary tensors with zeros and load without any package; "
         "`hf_sparse24.pack_` packs them.",
         "",
         *(f"- {line}" for line in lines),
@@ -120,17 +166,16 @@ def append_section(
 
 
 def _check(
-    model: nn.Module,
-    record: Mapping[str, Any],
-    report: SparsityReport,
+    subject: CardSubject,
     base_model: str | None,
     benchmark: Sequence[Row],
     conditions: Mapping[str, str] | None,
 ) -> None:
-    if not record:
-        raise ValueError(f"A model card needs a pruned model; this {type(model).__name__} has no record of it.")
-    if report.totals["violating_groups"]:
-        raise ValueError(f"A model card needs a 2:4 model; violating groups: {report.totals['violating_groups']}.")
+    if not subject.record:
+        raise ValueError(f"A model card needs a pruned model; this {subject.model_class} has no record of it.")
+    violating = subject.totals["violating_groups"]
+    if violating:
+        raise ValueError(f"A model card needs a 2:4 model; violating groups: {violating}.")
     if benchmark and not conditions:
         raise ValueError("Rows of a benchmark need their conditions; pass both as read_csv returns them.")
     if base_model is not None:
@@ -158,7 +203,6 @@ def _eval_results(evaluations: Sequence[Evaluation], task: str) -> list[EvalResu
     ]
 
 
-def _task(model: nn.Module) -> str | None:
+def _task(model_class: str) -> str | None:
     """Return the Hub's name of what a model class does."""
-    name = type(model).__name__
-    return next((task for task, classes in TASK_MAPPING.items() if name in classes.values()), None)
+    return next((task for task, classes in TASK_MAPPING.items() if model_class in classes.values()), None)

@@ -6,7 +6,8 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,6 +96,11 @@ class SparsityReport:
             "bytes_stored_2to4": sum(row.bytes_stored for row in sparse),
         }
 
+    @property
+    def kept_dense(self) -> dict[str, int]:
+        """How many matrices are dense, by reason."""
+        return dict(Counter(row.reason or "not pruned" for row in self.rows if row.state == "dense"))
+
     def to_dict(self) -> dict[str, Any]:
         """Return rows, totals and notes as plain values."""
         return {"rows": [asdict(row) for row in self.rows], "totals": self.totals, "notes": list(self.notes)}
@@ -130,7 +136,7 @@ def sparsity_report(
             rows.append(_packed_row(matrix.name, module))
         else:
             rows.append(_dense_row(matrix, module, left.get(matrix.name)))
-    return SparsityReport(tuple(rows), _notes(record.get("calibration", {})))
+    return SparsityReport(tuple(rows), calibration_notes(record.get("calibration", {})))
 
 
 def print_sparsity_report(report: SparsityReport | nn.Module, console: Console | None = None) -> None:
@@ -180,7 +186,7 @@ def report_table(report: SparsityReport) -> Table:
     return table
 
 
-def _notes(calibration: dict[str, Any]) -> tuple[str, ...]:
+def calibration_notes(calibration: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what the record of a calibrated model holds beside the request."""
     notes = []
     raised = calibration.get("raised_dampening")

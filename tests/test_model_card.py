@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hf_sparse24 import prune_
 from hf_sparse24.benchmark.results import ModelRow, ProjectionRow, read_csv, write_csv
 from hf_sparse24.evaluation import Evaluation
-from hf_sparse24.model_card import model_card
+from hf_sparse24.model_card import CardSubject, model_card
 from tests.test_cli import cli, text, tokenizer  # noqa: F401
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -111,6 +111,24 @@ def test_how_it_was_made(masked):
     assert "`modules_to_not_convert=['k_proj']`" in made
     assert "Kept dense: 1 (embedding), 2 (modules_to_not_convert)." in made
     assert f"torch {torch.__version__}" in made
+
+
+def test_a_model_may_be_described_instead_of_given(packed, masked):
+    for model in (packed, masked):
+        given = model_card(model, "model", base_model="org/dense", evaluations=[PERPLEXITY])
+        described = model_card(CardSubject.of(model), "model", base_model="org/dense", evaluations=[PERPLEXITY])
+        assert described.content == given.content
+
+
+def test_sentences_of_your_own_stand_where_they_belong(masked):
+    plain = model_card(masked, "model").content
+    assert "```bash" not in plain
+    card = model_card(masked, "model", notes=["It rained."], commands=["make a", "make b"], limits=["No chess."])
+    made, limits = section(card, "How it was made"), section(card, "Limits")
+    assert made.endswith("\n- It rained.\n\n```bash\nmake a\nmake b\n```\n")
+    assert limits.endswith("\n- No chess.")
+    without = card.content.replace("\n- It rained.", "").replace("\n```bash\nmake a\nmake b\n```\n", "")
+    assert without.replace("\n- No chess.", "") == plain
 
 
 def test_the_data_are_named_without_the_folders_of_a_machine(masked):
