@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from hf_sparse24.calibration.tokenizer import load_tokenizer
 from hf_sparse24.evaluation import (
     Evaluation,
     check_causal,
@@ -24,7 +25,7 @@ from hf_sparse24.evaluation import (
     perplexity,
     print_evaluations,
 )
-from hf_sparse24.folders import chosen_device, load_model, load_tokenizer
+from hf_sparse24.folders import chosen_device, load_model
 
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]

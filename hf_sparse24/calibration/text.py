@@ -22,14 +22,8 @@ from torch import Tensor, nn
 
 from hf_sparse24.calibration.documents import documents_of, is_dataset
 from hf_sparse24.calibration.self_generated import check_writes_text, sample_windows
-from hf_sparse24.calibration.windows import (
-    check_context,
-    check_token_ids,
-    check_tokenizer,
-    pack,
-    pack_text,
-    resolve_tokenizer,
-)
+from hf_sparse24.calibration.tokenizer import check_token_ids, resolve_tokenizer
+from hf_sparse24.calibration.windows import check_context, pack, pack_text
 
 SELF = "self"
 
@@ -132,9 +126,7 @@ def _text_windows(source: Any, tokenizer: Any, model: Any, count: int, length: i
     documents, tokenized = documents_of(source, seed)
     if tokenized:
         return pack(documents, count, length)
-    tokenizer = resolve_tokenizer(tokenizer, model)
-    check_tokenizer(tokenizer, model)
-    return pack_text(documents, tokenizer, count, length, seed)
+    return pack_text(documents, resolve_tokenizer(tokenizer, model), count, length, seed)
 
 
 def _is_text(source: Any) -> bool:

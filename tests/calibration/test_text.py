@@ -12,9 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     BatchEncoding,
     BertConfig,
     BertModel,
+    ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -26,6 +28,7 @@ from transformers import (
 
 from hf_sparse24.calibration.documents import HELD_OUT, held_out_documents, split_text
 from hf_sparse24.calibration.text import calibration_batches, share_out
+from hf_sparse24.calibration.tokenizer import load_tokenizer
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(96 - len(SPECIAL))]
@@ -644,8 +647,28 @@ def test_a_missing_tokenizer_is_asked_for(tiny_llama, tmp_path):
         calibration_batches([numbered(50)], tiny_llama, None, 1, 16)
     tiny_llama.save_pretrained(tmp_path / "bare")
     tiny_llama.name_or_path = str(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"bare' has none. Pass tokenizer"):
+    with pytest.raises(ValueError, match=r"bare has none that transformers reads; .*, or pass another as tokenizer"):
         calibration_batches([numbered(50)], tiny_llama, None, 1, 16)
+
+
+@pytest.mark.parametrize(("config", "known"), [(BertConfig, 5), (RobertaConfig, 5), (GPT2Config, 1), (T5Config, 104)])
+def test_a_tokenizer_that_transformers_makes_without_files_is_refused(tiny_llama, tmp_path, config, known):
+    config().save_pretrained(tmp_path)
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(made) == known  # what this is about: transformers does not refuse
+    with pytest.raises(
+        ValueError, match=rf"lacks its files: what .* of {known} special tokens, reads no text; save it"
+    ):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"or pass another as tokenizer \(--tokenizer\)"):
+        calibration_batches([numbered(50)], tiny_llama, str(tmp_path), 1, 16)
+    with pytest.raises(ValueError, match="has no tokens but special ones"):
+        calibration_batches([numbered(50)], tiny_llama, made, 1, 16)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)("ab")["input_ids"] == [100, 101, 1]
 
 
 @pytest.mark.parametrize("key", ["num_samples", "sequence_length", "batch_size"])
