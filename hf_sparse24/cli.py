@@ -75,7 +75,10 @@ Dataset = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Of the text; default: the model's own.")]
 Windows = Annotated[int, typer.Option(help="Calibration windows.")]
-WindowLength = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens per calibration window. Default: 1024, or the model's context if that is less."),
+]
 BatchSize = Annotated[int, typer.Option(help="Most windows per forward pass; fewer take less memory.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 Refit = Annotated[
@@ -118,7 +121,7 @@ def prune(
     dataset: Dataset = None,
     tokenizer: Tokenizer = None,
     num_samples: Windows = 128,
-    sequence_length: WindowLength = 1024,
+    sequence_length: WindowLength = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     refit: Refit = None,

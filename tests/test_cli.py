@@ -186,6 +186,43 @@ def test_prune_on_a_text_file(cli, tiny_llama_folder, tokenizer, text, tmp_path)
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_windows_are_as_long_as_the_context_where_nothing_was_asked(cli, tiny_llama, tokenizer, tmp_path):
+    folder = tmp_path / "short"
+    tiny_llama.config.max_position_embeddings = 24
+    tiny_llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{7 * word % 90}" for word in range(500)))
+    arguments = ("--dataset", text, "--num-samples", 8, "--device", "cpu", "--method", "wanda", "--no-pack")
+    code, out, err = cli("prune", folder, tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "Calibrated on 8 windows of 24 tokens." in out
+    code, out, err = cli("evaluate", tmp_path / "out", "--text", text, "--dense", folder, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["samples"], json.loads(out)["unit"]) == (2, "windows of 24 tokens")
+    code, _, err = cli("prune", folder, tmp_path / "again", *arguments, "--sequence-length", 25)
+    assert code == 1
+    assert "Sequences of 25 tokens were asked for; LlamaForCausalLM has a context of 24." in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "DENSE", "OUT", "--dataset", "missing.txt", "--sequence-length", 4096),
+        ("evaluate", "DENSE", "--text", "missing.txt", "--window", 4096),
+        ("evaluate", "DENSE", "--pairs", "missing.jsonl"),
+        ("evaluate", "DENSE", "--text", "text.txt", "--dense", "./missing"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_weight_is_read(cli, source, text, monkeypatch, arguments):
+    monkeypatch.chdir(text.parent)
+    (source / "model.safetensors").write_bytes(b"")  # could not be read
+    named = {"DENSE": source, "OUT": "out"}
+    code, _, err = cli(*(named.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert "missing" in err.splitlines()[-1]
+
+
 def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkeypatch):
     seen = []
 

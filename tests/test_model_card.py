@@ -114,11 +114,13 @@ def test_how_it_was_made(masked):
 
 
 def test_the_data_are_named_without_the_folders_of_a_machine(masked):
-    calibration = {"dataset": [["/home/me/secret/book.txt", 2], ["self", 1]], "num_samples": 8, "refit": "asymmetric"}
+    calibration = {"dataset": [["/home/me/secret/book.txt", 2], ["self", 1]], "num_samples": 8, "sequence_length": 512}
+    calibration["refit"] = "asymmetric"
     masked.config.sparse24 |= {"calibration": calibration, "training": {"mask_policy": "frozen"}}
     card = model_card(masked, "model")
     assert "Method: `magnitude`, then asymmetric refit; seed 3." in card.text
-    assert "Calibration: 2 x `book.txt` + 1 x `self`, `num_samples=8`." in card.text
+    assert "Calibration: 2 x `book.txt` + 1 x `self`." in card.text
+    assert "Calibrated on 8 windows of 512 tokens." in card.text
     assert "Retrained with mask policy `frozen`." in card.text
     assert "secret" not in card.content
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DEFAULT_LENGTH = 1024  # tokens per window, where the model reads as many
 _CHARACTERS_PER_PIECE = 8  # per token of a window: about two windows of English, more of other scripts
 
 
@@ -58,6 +59,11 @@ def context_length(model: Any) -> int | None:
         if name.endswith("position_embeddings") and padding is not None:  # RoBERTa counts positions from behind it
             return context - padding - 1
     return context
+
+
+def window_length(model: Any, asked: int | None) -> int:
+    """Return how many tokens a window has: what was asked, or else 1024, or the model's context if that is less."""
+    return asked or min(_DEFAULT_LENGTH, context_length(model) or _DEFAULT_LENGTH)
 
 
 def check_context(model: Any, length: int) -> None:

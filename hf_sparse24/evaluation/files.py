@@ -17,7 +17,7 @@ from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from hf_sparse24.calibration.documents import DATA_FORMATS, load_rows
+from hf_sparse24.calibration.documents import DATA_FORMATS, check_file, load_rows
 from hf_sparse24.calibration.tokenizer import load_tokenizer
 from hf_sparse24.calibration.windows import context_length
 from hf_sparse24.evaluation.encoders import retrieval_recall
@@ -120,8 +120,7 @@ def _kind(model: nn.Module) -> str:
 
 def _read_pairs(table: Path) -> tuple[list[Any], list[str]]:
     """Return the inputs, texts or paths of sounds, and the targets."""
-    if not table.is_file():
-        raise FileNotFoundError(f"Pairs were asked from {str(table)!r}; there is no such file.")
+    check_file(table, "Pairs were")
     if table.suffix.lower() not in DATA_FORMATS:
         raise ValueError(f"Pairs are rows of {', '.join(DATA_FORMATS)}; got {table.name}.")
     rows = load_rows(table)

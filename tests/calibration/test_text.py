@@ -29,6 +29,7 @@ from transformers import (
 from hf_sparse24.calibration.documents import HELD_OUT, held_out_documents, split_text
 from hf_sparse24.calibration.text import calibration_batches, share_out
 from hf_sparse24.calibration.tokenizer import load_tokenizer
+from hf_sparse24.calibration.windows import window_length
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(96 - len(SPECIAL))]
@@ -562,6 +563,21 @@ def test_windows_longer_than_the_context_are_refused(bert, tokenizer):
         assert calibration_batches([numbered(600)], model, tokenizer, 1, context)
 
 
+def test_windows_have_1024_tokens_or_as_many_as_the_model_reads(bert, tiny_llama, tokenizer):
+    for model, length in ((bert, 512), (tiny_llama, 1024)):
+        (batch,) = calibration_batches([numbered(2100)], model, tokenizer, 2)
+        assert batch["input_ids"].shape == (2, length)
+    del tiny_llama.config.max_position_embeddings
+    assert window_length(tiny_llama, None) == 1024
+    assert window_length(bert, 2000) == 2000  # what was asked for is refused, not shortened
+
+
+def test_a_file_is_looked_for_before_the_context(bert, tokenizer):
+    for source in ("missing.txt", [("self", 1), ("missing.txt", 1)]):
+        with pytest.raises(FileNotFoundError, match=r"asked from 'missing.txt'"):
+            calibration_batches(source, bert, tokenizer, 1, 4000)
+
+
 def test_positions_that_roberta_reserves_are_no_context(tokenizer):
     roberta = RobertaModel(tiny(RobertaConfig, max_position_embeddings=34, pad_token_id=1)).eval()
     with pytest.raises(ValueError, match="context of 32"):
@@ -672,7 +688,7 @@ def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["num_samples", "sequence_length", "batch_size"])
-@pytest.mark.parametrize("value", [0, 1.5, None])
+@pytest.mark.parametrize("value", [0, 1.5, "8"])
 def test_counts_are_positive_integers(tiny_llama, key, value):
-    with pytest.raises(ValueError, match=f"{key} must be an integer of at least 1; got {value}"):
+    with pytest.raises(ValueError, match=f"{key} must be an integer of at least 1; got {value!r}"):
         calibration_batches(["w1"], tiny_llama, **{key: value})
