@@ -111,7 +111,9 @@ def test_a_missing_model_is_one_line(cli, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", ["densse", "models/densse", "a/b/c", "two words", "./densse"])
+@pytest.mark.parametrize(
+    "name", ["densse", "modles/dense", "models/densse", "a/b/c", "two words", "./densse", "/densse", "~/densse"]
+)
 def test_a_mistyped_folder_is_said_before_the_hub_is_waited_for(cli, source, monkeypatch, caplog, name):
     def ask(*arguments, **kwargs):
         raise OSError("the Hub was asked")
@@ -122,11 +124,13 @@ def test_a_mistyped_folder_is_said_before_the_hub_is_waited_for(cli, source, mon
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", ask)
     code, _, err = cli("report", name)
     assert code == 1
-    if name in ("densse", "models/densse"):  # a Hub id may look so
-        assert f"There is no {name} (near: dense) here; asking the Hub for it." in caplog.messages
+    if name in ("densse", "modles/dense"):  # a Hub id may look so
+        near = "dense" if name == "densse" else "models/dense"
+        assert caplog.messages == [f"There is no {name} (near: {near}) here; asking the Hub for it."]
         assert "the Hub was asked" in err
     else:
         assert err.splitlines()[-1].startswith(f"hf-sparse24: There is no {name}")
+        assert (name == "models/densse") == ("(near: dense) in the folder models. Name one with a" in err)
         assert "the Hub was asked" not in err
     caplog.clear()
     cli("report", "user/name")
