@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_sparse24 import prune_
-from hf_sparse24.benchmark.results import ModelRow, ProjectionRow, read_csv, write_csv
+from hf_sparse24.benchmark.results import ModelRow, ProjectionRow, read_csv, run_environment, write_csv
 from hf_sparse24.evaluation import Evaluation
 from hf_sparse24.model_card import model_card
 from tests.test_cli import cli, text, tokenizer  # noqa: F401
@@ -85,6 +85,13 @@ def test_a_note_on_the_rows_stands_below_them(packed):
     facts = CONDITIONS | {"note": "2:4 rows run dense"}
     speed = section(model_card(packed, "m", benchmark=[row("dense-bf16", ms=2.0)], conditions=facts), "Speed")
     assert "2026-11-24; `hf-sparse24 bench model x`. Note: 2:4 rows run dense." in speed
+
+
+def test_rows_of_a_cpu_are_no_speed(packed, caplog):
+    facts = run_environment(torch.device("cpu"), "hf-sparse24 bench model x")
+    card = model_card(packed, "m", benchmark=[row("2:4-int8", ms=2.0)], conditions=facts)
+    assert "## Speed" not in card.content
+    assert caplog.messages == ["The card leaves out the speed, which was measured on a CPU: it emulates the kernels."]
 
 
 @pytest.mark.parametrize("name", ["performance_gemm.csv", "performance_model.csv"])
