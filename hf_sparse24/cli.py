@@ -24,6 +24,7 @@ from hf_sparse24.pack import unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 _IN_ORDER, _BESIDE = "The way of a model, in this order", "On the way"
 _WORKFLOW = """2:4 structured sparsity for transformers: prune, retrain, measure, publish.
 
@@ -266,10 +267,14 @@ def _prune(
 ) -> None:
     """Prune, alone or as one of several processes, of which the first writes and reports."""
     processes.join()
-    with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
-        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
-        if folder is not None:
-            save_with_companions(pruned, model, folder)
+    try:
+        with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
+            pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
+            if folder is not None:
+                save_with_companions(pruned, model, folder)
+    except KeyboardInterrupt:
+        typer.echo(f"hf-sparse24: interrupted; nothing was written to {out}.", err=True)
+        raise SystemExit(_INTERRUPTED) from None
     if processes.is_first():
         _print_report(sparsity_report(pruned), as_json)
     processes.leave()

@@ -58,7 +58,8 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     Raises:
         `ValueError`: a name in the config matches nothing, nothing is left to prune, a weight is not finite or is
-            offloaded, or the calibration data do not do. The model is then as it was before the module that is named.
+            offloaded, or the calibration data do not do. The model is then as it was before the module that is named;
+            one that was stopped between blocks is pruned in part, and has to be loaded anew.
     """
     config = config or Sparse24Config()
     _, record = prune_on_request_(model, config, calibration)

@@ -482,9 +482,28 @@ def test_an_interrupt_leaves_no_folder(source, tmp_path):
     assert len(list((tmp_path / "a").iterdir())) == 1  # the temporary folder
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert "Traceback" not in err
+    assert err.splitlines()[-1] == f"hf-sparse24: interrupted; nothing was written to {tmp_path / 'a' / 'out'}."
     assert list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_interrupted_walk_says_what_is_kept(cli, tiny_llama_folder, tmp_path, monkeypatch, caplog, keeps):
+    def interrupted(*arguments, **kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "blocks"
+    monkeypatch.setattr("hf_sparse24.calibration.pruner.solve", interrupted)
+    code, _, err = cli(
+        "prune", tiny_llama_folder, tmp_path / "out", "--dataset", "self", "--num-samples", 4, "--sequence-length", 8,
+        "--device", "cpu", *(("--progress-folder", folder) if keeps else ()),
+    )  # fmt: skip
+    assert code == 130
+    assert err.splitlines()[-1] == f"hf-sparse24: interrupted; nothing was written to {tmp_path / 'out'}."
+    assert not (tmp_path / "out").exists()
+    kept = f"kept in {folder}; the same call" if keeps else "lost; with progress_folder (--progress-folder) the"
+    assert f"in model.layers.0 (KeyboardInterrupt) with 0 of 2 blocks finished, which are {kept}" in caplog.text
 
 
 def test_the_card_of_the_dense_model_is_not_the_pruned_ones(cli, source, tmp_path):
