@@ -74,15 +74,12 @@ def calibration_batches(
         `FileNotFoundError`: there is no such file.
         `ModuleNotFoundError`: a dataset was named and `datasets` is not installed.
     """
-    length = 1 if sequence_length is None else sequence_length
-    for key, value in (("num_samples", num_samples), ("sequence_length", length), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
+    asked = {} if sequence_length is None else {"sequence_length": sequence_length}
+    _check_counts(num_samples=num_samples, batch_size=batch_size, **asked)
     if not is_text(source):
         return _model_inputs(source, model, num_samples)
-    parts = _parts(source)
     check_paths(source)
-    sequence_length = window_length(model, sequence_length)
+    parts, sequence_length = _parts(source), window_length(model, sequence_length)
     _check_parts(parts, model, sequence_length)
     shares = share_out(num_samples, [weight for _, weight in parts])
     made = []
@@ -158,6 +155,12 @@ def _is_one_text(source: Any) -> bool:
 def _is_mixture(source: Any) -> bool:
     pairs = isinstance(source, list | tuple) and all(isinstance(item, tuple) and len(item) == 2 for item in source)
     return pairs and len(source) > 0
+
+
+def _check_counts(**counts: Any) -> None:
+    for key, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
 
 
 def _check_parts(parts: Sequence[tuple[Any, Any]], model: Any, sequence_length: int) -> None:
