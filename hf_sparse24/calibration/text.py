@@ -74,8 +74,7 @@ def calibration_batches(
         `FileNotFoundError`: there is no such file.
         `ModuleNotFoundError`: a dataset was named and `datasets` is not installed.
     """
-    asked = {} if sequence_length is None else {"sequence_length": sequence_length}
-    _check_counts(num_samples=num_samples, batch_size=batch_size, **asked)
+    _check_counts(num_samples=num_samples, sequence_length=sequence_length, batch_size=batch_size)
     if not is_text(source):
         return _model_inputs(source, model, num_samples)
     check_paths(source)
@@ -88,8 +87,7 @@ def calibration_batches(
             made.append(sample_windows(model, share, sequence_length, batch_size, seed))
         else:
             made.append(_text_windows(part, tokenizer, model, share, sequence_length, seed))
-    windows = torch.cat(made)
-    check_token_ids(windows, model)
+    check_token_ids(windows := torch.cat(made), model)
     batches = math.ceil(num_samples / batch_size)
     return [{"input_ids": windows[first::batches].contiguous()} for first in range(batches)]
 
@@ -159,7 +157,8 @@ def _is_mixture(source: Any) -> bool:
 
 def _check_counts(**counts: Any) -> None:
     for key, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        unset = key == "sequence_length" and value is None
+        if not unset and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
 
 
