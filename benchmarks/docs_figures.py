@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import performance_tables  # noqa: E402
 
 PLACE = re.compile(r"<!-- figures: (\w+) -->")
+PICTURE = re.compile(r"\(\.\./benchmarks/results/([\w.]+\.svg)\)")
 TEXTS = {f"perplexity_{name.lower()}": name for name in ("BBC", "SOTU", "FOLDOC", "Austen")}
 
 
@@ -42,12 +43,12 @@ TABLES = {"methods": methods, "performance": performance}
 
 
 def on_page_markdown(markdown, **kwargs):
-    """Put tables where a page asks for them.
+    """Put tables where a page asks for them, and pictures where the site has them: the pages name the committed files.
 
     Raises:
         `KeyError`: there is no table of that name.
     """
-    return PLACE.sub(lambda found: TABLES[found[1]](), markdown)
+    return PICTURE.sub(r"(figures/\1)", PLACE.sub(lambda found: TABLES[found[1]](), markdown))
 
 
 def on_files(files, config):

@@ -94,8 +94,7 @@ def made_lines(record: Mapping[str, Any]) -> list[str]:
     ]
     lines = [f"Method: {', then '.join(steps)}; seed {record['seed']}."]
     if calibration.get("dataset") is not None:
-        sizes = [f"`{key}={calibration[key]}`" for key in ("num_samples", "sequence_length") if key in calibration]
-        lines.append(f"Calibration: {', '.join([_data(calibration['dataset']), *sizes])}.")
+        lines.append(f"Calibration: {_data(calibration['dataset'])}.")
     if record.get("training"):
         lines.append(f"Retrained with mask policy `{record['training']['mask_policy']}`.")
     lines += [f"`{key}={record[key]!r}`." for key in ("target_modules", "modules_to_not_convert") if record.get(key)]

@@ -24,6 +24,7 @@ from hf_sparse24.pack import unpack_
 from hf_sparse24.packing import QUANTIZED_DTYPES
 from hf_sparse24.report import SparsityReport, print_sparsity_report, sparsity_report
 
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 _IN_ORDER, _BESIDE = "The way of a model, in this order", "On the way"
 _WORKFLOW = """2:4 structured sparsity for transformers: prune, retrain, measure, publish.
 
@@ -75,7 +76,10 @@ Dataset = Annotated[
 ]
 Tokenizer = Annotated[str | None, typer.Option(help="Of the text; default: the model's own.")]
 Windows = Annotated[int, typer.Option(help="Calibration windows.")]
-WindowLength = Annotated[int, typer.Option(help="Tokens per calibration window.")]
+WindowLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens per calibration window. Default: 1024, or the model's context if that is less."),
+]
 BatchSize = Annotated[int, typer.Option(help="Most windows per forward pass; fewer take less memory.")]
 Seed = Annotated[int, typer.Option(help="Of all that is random.")]
 Refit = Annotated[
@@ -118,7 +122,7 @@ def prune(
     dataset: Dataset = None,
     tokenizer: Tokenizer = None,
     num_samples: Windows = 128,
-    sequence_length: WindowLength = 1024,
+    sequence_length: WindowLength = None,
     batch_size: BatchSize = 8,
     seed: Seed = 0,
     refit: Refit = None,
@@ -263,10 +267,14 @@ def _prune(
 ) -> None:
     """Prune, alone or as one of several processes, of which the first writes and reports."""
     processes.join()
-    with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
-        pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
-        if folder is not None:
-            save_with_companions(pruned, model, folder)
+    try:
+        with new_folder(out, model, force) if processes.is_first() else nullcontext() as folder:
+            pruned = load_model(model, dtype, quantization_config=config, device_map=str(chosen_device(device)))
+            if folder is not None:
+                save_with_companions(pruned, model, folder)
+    except KeyboardInterrupt:
+        typer.echo(f"hf-sparse24: interrupted; nothing was written to {out}.", err=True)
+        raise SystemExit(_INTERRUPTED) from None
     if processes.is_first():
         _print_report(sparsity_report(pruned), as_json)
     processes.leave()

@@ -62,7 +62,9 @@ class Sparse24Config(QuantizationConfigMixin):
             dataset, a text file, a list of strings, `"self"` for text that the dense model writes, a list of
             (source, weight) pairs, or an iterable of model inputs.
         tokenizer: for text; default: the one that belongs to the model.
-        num_samples (`int`), sequence_length (`int`, tokens), batch_size (`int`), seed (`int`): the calibration sample.
+        num_samples (`int`), sequence_length (`int`, *optional*, tokens), batch_size (`int`), seed (`int`): the
+            calibration sample. Without a sequence_length windows have 1024 tokens, or the model's context if that is
+            less.
         dampening (`float`): added to the diagonal of the Hessian, as a share of its mean; more is added where there
             are few calibration tokens for a layer's inputs.
         match_blocks (`bool`, *optional*): train each pruned block for a moment against the dense one. None: on a GPU,
@@ -100,7 +102,7 @@ class Sparse24Config(QuantizationConfigMixin):
         dataset: Any = None,
         tokenizer: Any = None,
         num_samples: int = 128,
-        sequence_length: int = 1024,
+        sequence_length: int | None = None,
         batch_size: int = 8,
         seed: int = 0,
         dampening: float = 0.01,
@@ -210,7 +212,6 @@ class Sparse24Config(QuantizationConfigMixin):
             "dataset": _describe(self.dataset if calibration is None else calibration),
             "tokenizer": _describe(self.tokenizer),
             "num_samples": self.num_samples,
-            "sequence_length": self.sequence_length,
         }
 
     def _check_reading(self) -> None:
@@ -248,7 +249,8 @@ class Sparse24Config(QuantizationConfigMixin):
         _check_choice("pack", self.pack, (True, False))
         _check_device("calibration_device", self.calibration_device)
         for key in ("num_samples", "sequence_length", "batch_size"):
-            _check_integer(key, getattr(self, key), 1)
+            if key != "sequence_length" or self.sequence_length is not None:
+                _check_integer(key, getattr(self, key), 1)
         _check_integer("seed", self.seed, 0)
         if isinstance(self.dampening, bool) or not isinstance(self.dampening, int | float) or not self.dampening > 0:
             raise ValueError(f"dampening must be a positive number; got {self.dampening!r}.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel
 
 from hf_sparse24.model_name import check_model_name
 
@@ -43,21 +43,6 @@ def load_model(name: str, dtype: str = "auto", **kwargs: Any) -> PreTrainedModel
             f"The config of {name} names the class {architecture!r}, which transformers lacks; use Python."
         )
     return model_class.from_pretrained(name, dtype=dtype, **kwargs)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
-
-    Raises:
-        `ValueError`: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The tokenizer of the model is needed, and {name} has none that transformers reads; save it there: "
-            f"AutoTokenizer.from_pretrained(DENSE_MODEL).save_pretrained({name!r})"
-        ) from error
 
 
 def chosen_device(name: str | None) -> torch.device:

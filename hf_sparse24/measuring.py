@@ -9,6 +9,9 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from hf_sparse24.calibration.documents import check_file
+from hf_sparse24.calibration.tokenizer import load_tokenizer
+from hf_sparse24.calibration.windows import window_length
 from hf_sparse24.evaluation import (
     Evaluation,
     check_causal,
@@ -24,7 +27,8 @@ from hf_sparse24.evaluation import (
     perplexity,
     print_evaluations,
 )
-from hf_sparse24.folders import chosen_device, load_model, load_tokenizer
+from hf_sparse24.folders import chosen_device, load_model
+from hf_sparse24.model_name import check_model_name
 
 Model = Annotated[str, typer.Argument(help="A folder with a transformers model, or a Hub id.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
@@ -48,7 +52,10 @@ Pairs = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="A folder with images. Needs --dense.")]
 Dense = Annotated[str | None, typer.Option(help="The dense model, to say what is left of its quality.")]
-Window = Annotated[int, typer.Option(min=2, help="Of the text: tokens per window.")]
+Window = Annotated[
+    int | None,
+    typer.Option(min=2, help="Of the text: tokens per window. Default: 1024, or the model's context if that is less."),
+]
 Windows = Annotated[int, typer.Option(min=1, help="Of the text: how many to score at most.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Of each task: the first so many documents. Default: all.")]
 Fewshot = Annotated[
@@ -68,7 +75,7 @@ def evaluate(
     pairs: Pairs = None,
     images: Images = None,
     dense: Dense = None,
-    window: Window = 1024,
+    window: Window = None,
     windows: Windows = 32,
     limit: Limit = None,
     num_fewshot: Fewshot = None,
@@ -97,6 +104,7 @@ def evaluate(
     """
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     _check_one_kind(text is not None or bool(names), pairs is not None, images is not None)
+    _check_paths(model, dense, text, pairs)
     if names:
         check_tasks(names)
     place = chosen_device(device)
@@ -127,6 +135,16 @@ def _check_one_kind(*kinds: bool) -> None:
         )
 
 
+def _check_paths(model: str, dense: str | None, text: Path | None, pairs: Path | None) -> None:
+    """Look for everything that was named before anything is loaded."""
+    for name in filter(None, (model, dense)):
+        check_model_name(name)
+    if text is not None:
+        check_file(text, "Text was")
+    if pairs is not None:
+        check_file(pairs, "Pairs were")
+
+
 def _print(found: list[Evaluation], as_json: bool, as_list: bool) -> None:
     if not as_json:
         print_evaluations(found, Console(width=100))
@@ -140,8 +158,9 @@ def _measured(model: PreTrainedModel, measures: list[Measure]) -> list[Evaluatio
     return [evaluation for measure in measures for evaluation in measure(model)]
 
 
-def _perplexity(model: PreTrainedModel, name: str, text: Path, window: int, windows: int) -> Evaluation:
+def _perplexity(model: PreTrainedModel, name: str, text: Path, window: int | None, windows: int) -> Evaluation:
     check_causal(model)
+    window = window_length(model, window)
     token_ids = held_out_tokens(load_tokenizer(name), text, window, windows)
     return Evaluation(
         metric="perplexity",

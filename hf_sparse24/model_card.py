@@ -14,14 +14,17 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers.modelcard import TASK_MAPPING
+from transformers.utils import logging
 
 from hf_sparse24 import card_text as text
-from hf_sparse24.benchmark.results import Row
+from hf_sparse24.benchmark.results import Row, is_emulated
 from hf_sparse24.config import Sparse24Config
 from hf_sparse24.evaluation import Evaluation
 from hf_sparse24.identity import TAGS, record_of
 from hf_sparse24.report import SparsityReport, sparsity_report
 from hf_sparse24.version import __version__
+
+logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -87,7 +90,8 @@ def model_card(
         base_model (`str`, *optional*): the Hub id of the dense model.
         license (`str`, *optional*): the Hub's identifier, such as "apache-2.0".
         evaluations (`Sequence[Evaluation]`): what was measured of this model; the first is the headline.
-        benchmark (`Sequence[Row]`): rows of `hf-sparse24 bench` for this model; those without a time are left out.
+        benchmark (`Sequence[Row]`): rows of `hf-sparse24 bench` for this model; those without a time are left out, and
+            all that were measured on a CPU, which emulates the kernels.
         conditions (`Mapping[str, str]`, *optional*): what stands beside the rows (`benchmark.results.read_csv`).
         notes, limits (`Sequence[str]`): sentences of your own on how it was made, and on what it does not do.
         commands (`Sequence[str]`): the shell commands that make it.
@@ -98,6 +102,9 @@ def model_card(
     """
     subject = model if isinstance(model, CardSubject) else CardSubject.of(model)
     _check(subject, base_model, benchmark, conditions)
+    if benchmark and is_emulated(conditions or {}):
+        logger.warning("The card leaves out the speed, which was measured on a CPU: it emulates the kernels.")
+        benchmark = ()
     quantization = subject.quantization
     task = _task(subject.model_class)
     results = _eval_results(evaluations, task or "feature-extraction")

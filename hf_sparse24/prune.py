@@ -14,7 +14,7 @@ from hf_sparse24.calibration.matching import Matching
 from hf_sparse24.calibration.progress import Progress, fingerprint_data, fingerprint_model
 from hf_sparse24.calibration.recipe import Recipe
 from hf_sparse24.calibration.sequential import prune_sequentially_, why_not_distilled_at_the_end
-from hf_sparse24.calibration.text import calibration_batches
+from hf_sparse24.calibration.text import calibration_batches, is_text
 from hf_sparse24.config import CALIBRATED_METHODS, Sparse24Config
 from hf_sparse24.criteria.saliency import SALIENCY
 from hf_sparse24.identity import declare_dense, record_of
@@ -58,7 +58,8 @@ def prune_(model: nn.Module, config: Sparse24Config | None = None, calibration: 
 
     Raises:
         `ValueError`: a name in the config matches nothing, nothing is left to prune, a weight is not finite or is
-            offloaded, or the calibration data do not do. The model is then as it was before the module that is named.
+            offloaded, or the calibration data do not do. The model is then as it was before the module that is named;
+            one that was stopped between blocks is pruned in part, and has to be loaded anew.
     """
     config = config or Sparse24Config()
     _, record = prune_on_request_(model, config, calibration)
@@ -126,7 +127,8 @@ def prune_calibrated_(
             "By default blocks are matched, and the model distilled, on a GPU only; match_blocks=True and "
             "distill=True (--match-blocks --distill) do so here, slowly."
         )
-    facts = {**config.describe_data(data), **recipe.facts()}
+    windows = {"sequence_length": batches[0]["input_ids"].shape[1]} if is_text(data) else {}
+    facts = {**config.describe_data(data), **windows, **recipe.facts()}
     progress = _progress(model, selection, config.progress_folder, facts, recipe, batches)
     walked = prune_sequentially_(model, selection, batches, recipe, config.calibration_device, progress)
     return {**facts, **walked.facts()}

@@ -19,6 +19,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_sparse24 import processes
+from hf_sparse24.calibration.text import check_paths
 from hf_sparse24.capability import check_backend
 from hf_sparse24.checkpoint import check_packed_files, contents_of
 from hf_sparse24.config import QUANT_METHOD, Sparse24Config
@@ -51,6 +52,7 @@ class Sparse24HfQuantizer(HfQuantizer):
 
         Raises:
             `ValueError`: weights would go to disk, the backend cannot run here, or the method needs calibration data.
+            `FileNotFoundError`: calibration text was asked from a file that is not there.
         """
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if "disk" in devices:
@@ -63,6 +65,8 @@ class Sparse24HfQuantizer(HfQuantizer):
             check_method(self.quantization_config)
             if self.quantization_config.dataset is not None:
                 processes.join()  # sets this process's GPU before anything is put there
+                with processes.together():
+                    check_paths(self.quantization_config.dataset)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """On the meta device: check the names that the user gave, or make room for packed weights."""

@@ -189,6 +189,8 @@ def report_table(report: SparsityReport) -> Table:
 def calibration_notes(calibration: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what the record of a calibrated model holds beside the request."""
     notes = []
+    if "sequence_length" in calibration:
+        notes.append(f"Calibrated on {calibration['num_samples']} windows of {calibration['sequence_length']} tokens.")
     raised = calibration.get("raised_dampening")
     if raised:
         name, dampening = max(raised.items(), key=lambda item: item[1])

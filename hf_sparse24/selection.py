@@ -245,15 +245,34 @@ def _check_names(
         never = sorted({f"{name} ({reason})" for name, reason in reasons.items() if reason and matches(name)})
         if never:
             raise ValueError(f"target_modules {item!r} matches only modules that stay dense: {', '.join(never[:3])}.")
-        raise ValueError(f"target_modules {item!r} matches no projection of this model. {_nearest(item, prunable)}")
+        raise ValueError(
+            f"target_modules {item!r} matches no projection of this model. {_nearest(item, prunable, True)}"
+        )
     for item in modules_to_not_convert or ():
         if not any(_contains_parts(name, item) for name in reasons):
-            raise ValueError(
-                f"modules_to_not_convert {item!r} matches no module of this model. {_nearest(item, list(reasons))}"
-            )
+            near = _nearest(item, list(reasons), at_the_end=False)
+            raise ValueError(f"modules_to_not_convert {item!r} matches no module of this model. {near}")
 
 
-def _nearest(wanted: str, names: list[str]) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    near = difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=5, cutoff=0.5) or leaves[:12]
+def _nearest(wanted: str, names: list[str], at_the_end: bool) -> str:
+    """Suggest as many parts of a path as were written, else one more, else a last part that is like the one written.
+
+    Args:
+        wanted (`str`): a name that matches nothing, or a regular expression.
+        names (`list[str]`): the paths that there are.
+        at_the_end (`bool`): only what a path ends with can match.
+    """
+    paths = [name.split(".") for name in names]
+    leaves = sorted({path[-1] for path in paths})
+    count = wanted.count(".") + 1
+    near: list[str] = []
+    for length in (count, count + 1):
+        runs = {
+            ".".join(path[start : start + length])
+            for path in paths
+            for start in range(len(path) - length if at_the_end else 0, len(path) - length + 1)
+            if start >= 0
+        }
+        near = near or difflib.get_close_matches(wanted, sorted(runs), n=5, cutoff=0.7)
+    near = near or difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=5, cutoff=0.5) or leaves[:12]
     return f"Near matches: {', '.join(near)}."

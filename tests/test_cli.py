@@ -111,7 +111,9 @@ def test_a_missing_model_is_one_line(cli, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("name", ["densse", "models/densse", "a/b/c", "two words", "./densse"])
+@pytest.mark.parametrize(
+    "name", ["densse", "modles/dense", "models/densse", "a/b/c", "two words", "./densse", "/densse", "~/densse"]
+)
 def test_a_mistyped_folder_is_said_before_the_hub_is_waited_for(cli, source, monkeypatch, caplog, name):
     def ask(*arguments, **kwargs):
         raise OSError("the Hub was asked")
@@ -122,11 +124,13 @@ def test_a_mistyped_folder_is_said_before_the_hub_is_waited_for(cli, source, mon
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", ask)
     code, _, err = cli("report", name)
     assert code == 1
-    if name in ("densse", "models/densse"):  # a Hub id may look so
-        assert f"There is no {name} (near: dense) here; asking the Hub for it." in caplog.messages
+    if name in ("densse", "modles/dense"):  # a Hub id may look so
+        near = "dense" if name == "densse" else "models/dense"
+        assert caplog.messages == [f"There is no {name} (near: {near}) here; asking the Hub for it."]
         assert "the Hub was asked" in err
     else:
         assert err.splitlines()[-1].startswith(f"hf-sparse24: There is no {name}")
+        assert (name == "models/densse") == ("(near: dense) in the folder models. Name one with a" in err)
         assert "the Hub was asked" not in err
     caplog.clear()
     cli("report", "user/name")
@@ -184,6 +188,43 @@ def test_prune_on_a_text_file(cli, tiny_llama_folder, tokenizer, text, tmp_path)
     assert (facts["dataset"], facts["num_samples"], facts["sequence_length"]) == (text.name, 8, 16)
     assert facts["matching"] is None
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_windows_are_as_long_as_the_context_where_nothing_was_asked(cli, tiny_llama, tokenizer, tmp_path):
+    folder = tmp_path / "short"
+    tiny_llama.config.max_position_embeddings = 24
+    tiny_llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{7 * word % 90}" for word in range(500)))
+    arguments = ("--dataset", text, "--num-samples", 8, "--device", "cpu", "--method", "wanda", "--no-pack")
+    code, out, err = cli("prune", folder, tmp_path / "out", *arguments)
+    assert code == 0, err
+    assert "Calibrated on 8 windows of 24 tokens." in out
+    code, out, err = cli("evaluate", tmp_path / "out", "--text", text, "--dense", folder, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["samples"], json.loads(out)["unit"]) == (2, "windows of 24 tokens")
+    code, _, err = cli("prune", folder, tmp_path / "again", *arguments, "--sequence-length", 25)
+    assert code == 1
+    assert "Sequences of 25 tokens were asked for; LlamaForCausalLM has a context of 24." in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "DENSE", "OUT", "--dataset", "missing.txt", "--sequence-length", 4096),
+        ("evaluate", "DENSE", "--text", "missing.txt", "--window", 4096),
+        ("evaluate", "DENSE", "--pairs", "missing.jsonl"),
+        ("evaluate", "DENSE", "--text", "text.txt", "--dense", "./missing"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_weight_is_read(cli, source, text, monkeypatch, arguments):
+    monkeypatch.chdir(text.parent)
+    (source / "model.safetensors").write_bytes(b"")  # could not be read
+    named = {"DENSE": source, "OUT": "out"}
+    code, _, err = cli(*(named.get(argument, argument) for argument in arguments))
+    assert code == 1
+    assert "missing" in err.splitlines()[-1]
 
 
 def test_prune_passes_what_was_asked_on(cli, tiny_llama_folder, tmp_path, monkeypatch):
@@ -441,9 +482,28 @@ def test_an_interrupt_leaves_no_folder(source, tmp_path):
     assert len(list((tmp_path / "a").iterdir())) == 1  # the temporary folder
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert "Traceback" not in err
+    assert err.splitlines()[-1] == f"hf-sparse24: interrupted; nothing was written to {tmp_path / 'a' / 'out'}."
     assert list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_interrupted_walk_says_what_is_kept(cli, tiny_llama_folder, tmp_path, monkeypatch, caplog, keeps):
+    def interrupted(*arguments, **kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "blocks"
+    monkeypatch.setattr("hf_sparse24.calibration.pruner.solve", interrupted)
+    code, _, err = cli(
+        "prune", tiny_llama_folder, tmp_path / "out", "--dataset", "self", "--num-samples", 4, "--sequence-length", 8,
+        "--device", "cpu", *(("--progress-folder", folder) if keeps else ()),
+    )  # fmt: skip
+    assert code == 130
+    assert err.splitlines()[-1] == f"hf-sparse24: interrupted; nothing was written to {tmp_path / 'out'}."
+    assert not (tmp_path / "out").exists()
+    kept = f"kept in {folder}; the same call" if keeps else "lost; with progress_folder (--progress-folder) the"
+    assert f"in model.layers.0 (KeyboardInterrupt) with 0 of 2 blocks finished, which are {kept}" in caplog.text
 
 
 def test_the_card_of_the_dense_model_is_not_the_pruned_ones(cli, source, tmp_path):

@@ -24,7 +24,7 @@ def test_defaults_are_those_of_the_documentation():
     )
     assert (config.num_samples, config.sequence_length, config.batch_size, config.seed, config.dampening) == (
         128,
-        1024,
+        None,
         8,
         0,
         0.01,

@@ -1,6 +1,7 @@
 """Two processes that share a model's weights: tensor parallelism and FSDP2 give what one process gives."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,8 @@ def results(tmp_path_factory, ids):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "tests.loading_processes", str(folder)]
     root = Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240, check=False)
+    environment = os.environ | {"TMPDIR": str(folder)}  # torchrun leaves a folder there
+    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr[-6000:]
     return [json.loads((folder / f"said.{rank}.json").read_text()) for rank in range(2)], folder
 

@@ -4,6 +4,7 @@ import csv
 import doctest
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,15 @@ def test_the_speeds_are_those_of_the_rows(figures):
     assert "](benchmarks/" not in table  # a link that the site would not have
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pictures_are_committed_files_that_the_site_has_too(figures, page):
+    shown = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf8"))
+    assert all((page.parent / path).resolve().is_relative_to(ROOT / "benchmarks/results") for path in shown)
+    assert all((page.parent / path).is_file() for path in shown)
+    rendered = figures.on_page_markdown("".join(f"![]({path})" for path in shown))
+    assert rendered == "".join(f"![](figures/{Path(path).name})" for path in shown)
+
+
 def test_an_unknown_table_is_an_error(figures):
     with pytest.raises(KeyError):
         figures.on_page_markdown("<!-- figures: wishes -->")
@@ -68,5 +78,6 @@ def test_the_pages_build_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     assert "perplexity_bbc" not in (tmp_path / "site/choose/index.html").read_text()
     assert "<td>default</td>" in (tmp_path / "site/choose/index.html").read_text()
+    assert 'src="../figures/one_shot_smollm2.svg"' in (tmp_path / "site/choose/index.html").read_text()
     assert (tmp_path / "site/figures/one_shot_smollm2.svg").stat().st_size > 1000
     assert 'id="hf_sparse24.hub.push_folder"' in (tmp_path / "site/api/index.html").read_text()

@@ -192,6 +192,14 @@ def test_only_the_beginning_of_long_texts_is_read_where_that_was_asked_for(tmp_p
     assert found == [1.0, 1.0]
 
 
+def test_an_encoder_without_tokenizer_files_is_refused(cli, tmp_path):  # noqa: F811
+    families.build("bert_mlm").save_pretrained(tmp_path / "bert")
+    table, _ = text_pairs(tmp_path)
+    code, _, err = cli("evaluate", tmp_path / "bert", "--pairs", table)
+    assert code == 1
+    assert "bert lacks its files: what transformers makes without them, a BertTokenizer of 5 special" in err
+
+
 def test_a_model_that_writes_text_is_refused(tmp_path, tiny_llama):
     path, _ = text_pairs(tmp_path)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM writes text\. Measure its perplexity"):

@@ -318,7 +318,6 @@ class TestCalibrated:
             "dataset": "list of 3 items",
             "tokenizer": None,
             "num_samples": 128,
-            "sequence_length": 1024,
             "refit": "asymmetric",
             "dampening": 0.01,
             "quantization": quantization,

@@ -139,8 +139,9 @@ def test_a_text_and_tasks_in_one_run(cli, tiny_llama_folder, tokenizer, task, tm
     assert [figure["metric"] for figure in json.loads(out)] == ["perplexity", "acc"]
 
 
-def test_unknown_tasks_are_named_before_anything_is_loaded(cli, tmp_path):  # noqa: F811
-    code, _, err = cli("evaluate", tmp_path / "no-model", "--tasks", "arc_esay")
+def test_unknown_tasks_are_named_before_anything_is_loaded(cli, tiny_llama_folder):  # noqa: F811
+    (tiny_llama_folder / "model.safetensors").write_bytes(b"")  # could not be read
+    code, _, err = cli("evaluate", tiny_llama_folder, "--tasks", "arc_esay")
     assert code == 1
     line = next(line for line in err.splitlines() if line.startswith("hf-sparse24: "))
     assert "has no task 'arc_esay'" in line

@@ -18,10 +18,13 @@ from tests.hub_server import TOKEN, serving
 LOAD = """
 import sys, torch, transformers, hf_sparse24
 from safetensors.torch import save_file
-repo, out, revision = sys.argv[1:4]
-model = transformers.AutoModelForCausalLM.from_pretrained(repo, revision=revision)
-save_file({"logits": model(torch.arange(9)[None]).logits.detach()}, out)
-print(type(model.model.layers[0].mlp.up_proj).__name__)
+out, revision, *repositories = sys.argv[1:]
+logits = {}
+for name in repositories:
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, revision=revision)
+    logits[name] = model(torch.arange(9)[None]).logits.detach()
+    print(type(model.model.layers[0].mlp.up_proj).__name__)
+save_file(logits, out)
 """
 
 PUSH = """
@@ -55,8 +58,8 @@ def python(hub, tmp_path):
 
 @pytest.fixture
 def load(python, tmp_path):
-    """Load a repository and write its logits."""
-    return lambda repo, revision="main", **kwargs: python(LOAD, repo, tmp_path / "logits", revision, **kwargs)
+    """Load repositories and write their logits."""
+    return lambda *names, revision="main", **kwargs: python(LOAD, tmp_path / "logits", revision, *names, **kwargs)
 
 
 @pytest.fixture
@@ -82,8 +85,8 @@ def cli(hub, monkeypatch, capsys, tmp_path):
 def pruned(tiny_llama_folder, tmp_path, magnitude):
     """Make the folder of a pruned model, with a card, and what must not be sent beside it."""
 
-    def make(**request):
-        folder = tmp_path / "pruned"
+    def make(name="pruned", **request):
+        folder = tmp_path / name
         AutoModelForCausalLM.from_pretrained(
             tiny_llama_folder, quantization_config=magnitude(**request)
         ).save_pretrained(folder)
@@ -100,25 +103,26 @@ def logits_of(folder):
     return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(9)[None]).logits
 
 
-@pytest.mark.parametrize(
-    ("request_", "layer"),
-    [({}, "Sparse24Linear"), ({"quantization": "int8"}, "Sparse24Linear"), ({"pack": False}, "Linear")],
-    ids=["packed", "int8", "dense-masked"],
-)
-def test_a_pushed_model_loads_by_its_id_bit_equal(hub, cli, load, pruned, tmp_path, request_, layer):
-    folder = pruned(**request_)
-    code, out, err = cli("push", folder, "user/model")
-    assert code == 0, err
-    assert f"{hub.endpoint}/user/model/commit/" in out
-    sent = hub.files("user/model")
-    assert sorted(sent) == files_to_push(folder)
-    assert all(content == (folder / path).read_bytes() for path, content in sent.items())
-    assert ("PUT", "/lfs/") in {(command, path[:5]) for command, path in hub.requests}
+def test_pushed_models_load_by_their_ids_bit_equal(hub, cli, load, pruned, tmp_path):
+    requests = {"user/packed": {}, "user/int8": {"quantization": "int8"}, "user/masked": {"pack": False}}
+    folders = {}
+    for name, request in requests.items():
+        hub.requests.clear()
+        folder = folders[name] = pruned(name, **request)
+        code, out, err = cli("push", folder, name)
+        assert code == 0, err
+        assert f"{hub.endpoint}/{name}/commit/" in out
+        sent = hub.files(name)
+        assert sorted(sent) == files_to_push(folder)
+        assert all(content == (folder / path).read_bytes() for path, content in sent.items())
+        assert ("PUT", "/lfs/") in {(command, path[:5]) for command, path in hub.requests}
 
-    loaded = load("user/model")
+    loaded = load(*requests)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.strip() == layer
-    assert torch.equal(load_file(tmp_path / "logits")["logits"], logits_of(folder))
+    assert loaded.stdout.split() == ["Sparse24Linear", "Sparse24Linear", "Linear"]
+    logits = load_file(tmp_path / "logits")
+    for name, folder in folders.items():
+        assert torch.equal(logits[name], logits_of(folder)), name
 
 
 def test_what_no_loader_reads_stays_here(pruned):
@@ -146,8 +150,8 @@ def test_private_and_a_branch(hub, cli, load, pruned):
     assert "model.safetensors" in hub.files("user/model", "v1")
     assert hub.files("user/model", "main") == {}
     # The stranger first: what is in the cache is read without asking.
-    assert load("user/model", "v1", token="hf_another").returncode != 0
-    assert load("user/model", "v1").returncode == 0
+    assert load("user/model", revision="v1", token="hf_another").returncode != 0
+    assert load("user/model", revision="v1").returncode == 0
 
 
 def test_pushing_again_sends_what_changed(hub, cli, pruned):

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_sparse24 import prune_
-from hf_sparse24.benchmark.results import ModelRow, ProjectionRow, read_csv, write_csv
+from hf_sparse24.benchmark.results import ModelRow, ProjectionRow, read_csv, run_environment, write_csv
 from hf_sparse24.evaluation import Evaluation
 from hf_sparse24.model_card import CardSubject, model_card
 from tests.test_cli import cli, text, tokenizer  # noqa: F401
@@ -87,6 +87,13 @@ def test_a_note_on_the_rows_stands_below_them(packed):
     assert "2026-11-24; `hf-sparse24 bench model x`. Note: 2:4 rows run dense." in speed
 
 
+def test_rows_of_a_cpu_are_no_speed(packed, caplog):
+    facts = run_environment(torch.device("cpu"), "hf-sparse24 bench model x")
+    card = model_card(packed, "m", benchmark=[row("2:4-int8", ms=2.0)], conditions=facts)
+    assert "## Speed" not in card.content
+    assert caplog.messages == ["The card leaves out the speed, which was measured on a CPU: it emulates the kernels."]
+
+
 @pytest.mark.parametrize("name", ["performance_gemm.csv", "performance_model.csv"])
 def test_rows_that_were_committed_render(packed, name):
     rows, facts = read_csv(RESULTS / name)
@@ -132,11 +139,13 @@ def test_sentences_of_your_own_stand_where_they_belong(masked):
 
 
 def test_the_data_are_named_without_the_folders_of_a_machine(masked):
-    calibration = {"dataset": [["/home/me/secret/book.txt", 2], ["self", 1]], "num_samples": 8, "refit": "asymmetric"}
+    calibration = {"dataset": [["/home/me/secret/book.txt", 2], ["self", 1]], "num_samples": 8, "sequence_length": 512}
+    calibration["refit"] = "asymmetric"
     masked.config.sparse24 |= {"calibration": calibration, "training": {"mask_policy": "frozen"}}
     card = model_card(masked, "model")
     assert "Method: `magnitude`, then asymmetric refit; seed 3." in card.text
-    assert "Calibration: 2 x `book.txt` + 1 x `self`, `num_samples=8`." in card.text
+    assert "Calibration: 2 x `book.txt` + 1 x `self`." in card.text
+    assert "Calibrated on 8 windows of 512 tokens." in card.text
     assert "Retrained with mask policy `frozen`." in card.text
     assert "secret" not in card.content
 

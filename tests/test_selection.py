@@ -202,6 +202,28 @@ def test_a_name_that_matches_nothing_lists_near_matches():
         select(build("llama"), r"model\.layers\.9\..*")
 
 
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        ("layer.0", "layers.0, layers.1."),
+        ("model.layer.1", "model.layers.1, model.layers.0."),
+        ("self_atn", "self_attn."),
+    ],
+)
+def test_near_matches_have_as_many_parts_as_were_written(wanted, near):
+    with pytest.raises(ValueError, match=rf"'{wanted}' matches no module .* Near matches: {near}"):
+        select(build("llama"), modules_to_not_convert=[wanted])
+
+
+def test_near_matches_of_targets_are_what_paths_end_with():
+    with pytest.raises(ValueError, match=r"Near matches: self_attn\.q_proj, self_attn\."):
+        select(build("llama"), ["self_atn.q_proj"])
+    with pytest.raises(ValueError, match=r"Near matches: layers\.0\.mlp\.up_proj, "):
+        select(build("llama"), ["layers.0.up_proj"])
+    with pytest.raises(ValueError, match=r"'mlp' matches no projection .* Near matches: down_proj"):
+        select(build("llama"), ["mlp"])
+
+
 def test_a_target_that_must_stay_dense_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"stay dense: lm_head \(head\)"):
         select(build("llama"), ["lm_head"])

@@ -139,14 +139,14 @@ def _show(rows: Sequence[Row], device: torch.device, csv: Path | None, plot: Pat
     if csv is not None:
         write_csv(csv, rows, facts)
     if plot is not None:
-        plot_rows(rows, plot)
+        plot_rows(rows, plot, facts.get("note", ""))
     if as_json:
         typer.echo(to_json(rows, facts))
     else:
         console = Console(width=120)
-        print_rows(rows, console)
         if "note" in facts:
-            console.print(f"Note: {facts.pop('note')}.", highlight=False)
+            console.print(f"Note: {facts.pop('note')}.\n", highlight=False)
+        print_rows(rows, console)
         console.print(
             ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command"), highlight=False
         )

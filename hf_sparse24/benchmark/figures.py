@@ -1,5 +1,6 @@
 """Rows of a benchmark for people: a table on a console, and a plot."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def describe(row: Row) -> str:
     return row.benchmark
 
 
-def plot_rows(rows: Sequence[Row], path: Path) -> None:
+def plot_rows(rows: Sequence[Row], path: Path, note: str = "") -> None:
     """Draw how many times as fast as dense bf16 each candidate is, and write it.
 
     Args:
         rows (`Sequence[Row]`): of one kind.
         path (`Path`): the extension says the format; svg.
+        note (`str`): what has to be known of the rows; stands above them.
 
     Raises:
         `ValueError`: matplotlib is missing, or no row has a ratio.
@@ -87,6 +89,7 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
             axis="x", rotation=30
         )
         axis.axhline(1, color="grey", linewidth=0.5)
+    figure.suptitle("\n".join(textwrap.wrap(note, 60)), fontsize="small")
     figure.supylabel("times as fast as dense bf16")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")

@@ -10,7 +10,7 @@ import datetime
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,8 @@ from hf_sparse24.capability import environment
 
 OK = "ok"
 _ON_A_CPU = (
-    "a CPU has no sparse kernels: 2:4 rows are unpacked and run dense, and FP8 is emulated, in the dense rows too; "
-    "they say nothing about a GPU"
+    "a CPU emulates the kernels: 2:4 rows are unpacked and run dense, and FP8 is emulated, in the dense rows too; no "
+    "row says how fast anything is on a GPU"
 )
 _VERSIONS = ("hf_sparse24", "torch", "transformers", "torchao", "nvmath-python", "triton")
 _BEST_DENSE_FP8 = ("dense-fp8", "dense-fp8-tensor")
@@ -150,19 +150,23 @@ def run_environment(device: torch.device, command: str, machine: Machine | None 
     kept = {
         name: facts[name] for name in ("hf_sparse24", "torch", "transformers", "torchao", "nvmath-python", "triton")
     }
-    found = {"date": datetime.date.today().isoformat(), "command": command, "device": str(device)}
+    found = {"note": _ON_A_CPU} if device.type == "cpu" else {}  # first, in files too
+    found |= {"date": datetime.date.today().isoformat(), "command": command, "device": str(device)}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["device"] = properties.name
         found["driver"] = _driver()
         found["cuda"] = str(torch.version.cuda)
         found["l2_cache_mb"] = f"{properties.L2_cache_size / 2**20:.0f}"
-    else:
-        found["note"] = _ON_A_CPU
     if machine is not None:
         found["copy_gb_s"] = f"{machine.copy_gb_s:.4g}"
         found["dense_tflops"] = f"{machine.tflops_16:.3g} with 16 bits, {machine.tflops_8:.3g} with 8"
     return found | kept
+
+
+def is_emulated(facts: Mapping[str, str]) -> bool:
+    """Return whether rows with this environment come from a CPU, where kernels are emulated."""
+    return facts.get("device") == "cpu"
 
 
 def write_csv(path: Path, rows: Sequence[Row], facts: dict[str, str]) -> None:

@@ -51,11 +51,25 @@ def held_out_documents(path: Path) -> tuple[Iterable[Any], bool]:
     Raises:
         As `documents_of`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"Text was asked from {str(path)!r}; there is no such file.")
+    check_file(path, "Text was")
     if path.suffix.lower() in DATA_FORMATS:
         return _column(iter(split_rows(load_rows(path))[1]))
     return [split_text(_read(path))[1]], False
+
+
+def check_source(source: Any) -> None:
+    """Raise `FileNotFoundError` when a source of calibration text is plainly a file and is not there."""
+    path = Path(source) if isinstance(source, str | Path) else None
+    if path is None or path.exists():
+        return
+    if isinstance(source, Path) or path.suffix.lower() in _TEXT_SUFFIXES:
+        raise FileNotFoundError(f"Calibration text was asked from {str(source)!r}; there is no such file.")
+
+
+def check_file(path: Path, asked: str) -> None:
+    """Raise `FileNotFoundError` when a file is not there; `asked` says what was to be read, as in "Text was"."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{asked} asked from {str(path)!r}; there is no such file.")
 
 
 def split_text(text: str) -> tuple[str, str]:
@@ -112,8 +126,7 @@ def _open(source: Any) -> Any:
     if path.is_file():
         is_data = path.suffix.lower() in DATA_FORMATS
         return split_rows(load_rows(path))[0] if is_data else [split_text(_read(path))[0]]
-    if not path.exists() and (isinstance(source, Path) or path.suffix.lower() in _TEXT_SUFFIXES):
-        raise FileNotFoundError(f"Calibration text was asked from {str(source)!r}; there is no such file.")
+    check_source(source)
     return _load_named(str(source))
 
 

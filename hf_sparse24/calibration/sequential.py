@@ -155,13 +155,12 @@ def _told_when_interrupted(pruner: BlockPruner, names: Sequence[str]) -> Iterato
         yield bar
     except BaseException as error:
         where = [*names, "the distillation"][pruner.finished]
-        folder = "..." if pruner.progress is None else repr(str(pruner.progress.folder))
-        kept = "not kept: pass" if pruner.progress is None else "kept: load the model anew and repeat the call with"
-        then = "next time, to go on where it stops" if pruner.progress is None else "to go on from there"
-        state = "in part" if pruner.finished < len(names) else "but not recorded as such"
+        kept = "lost; with progress_folder (--progress-folder) the same call would go on there"
+        if pruner.progress is not None:
+            kept = f"kept in {pruner.progress.folder}; the same call goes on from there"
         logger.warning(
-            f"Pruning stopped in {where} ({type(error).__name__}), and the model is pruned {state}. "
-            f"{pruner.finished} of {len(names)} blocks are finished and {kept} progress_folder={folder} {then}."
+            f"Pruning stopped in {where} ({type(error).__name__}) with {pruner.finished} of {len(names)} blocks "
+            f"finished, which are {kept}, with the dense model loaded anew."
         )
         raise
     finally:

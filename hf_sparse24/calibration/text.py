@@ -20,16 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse24.calibration.documents import documents_of, is_dataset
+from hf_sparse24.calibration.documents import check_source, documents_of, is_dataset
 from hf_sparse24.calibration.self_generated import check_writes_text, sample_windows
-from hf_sparse24.calibration.windows import (
-    check_context,
-    check_token_ids,
-    check_tokenizer,
-    pack,
-    pack_text,
-    resolve_tokenizer,
-)
+from hf_sparse24.calibration.tokenizer import check_token_ids, resolve_tokenizer
+from hf_sparse24.calibration.windows import check_context, pack, pack_text, window_length
 
 SELF = "self"
 
@@ -41,7 +35,7 @@ def calibration_batches(
     model: nn.Module,
     tokenizer: Any = None,
     num_samples: int = 128,
-    sequence_length: int = 1024,
+    sequence_length: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
@@ -67,7 +61,8 @@ def calibration_batches(
         model (`nn.Module`): the model to calibrate, whose context and vocabulary the text has to fit.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): or its name; default is the model's own name.
         num_samples (`int`): windows in all.
-        sequence_length (`int`): tokens per window, special tokens included.
+        sequence_length (`int`, *optional*): tokens per window, special tokens included. None: 1024, or the model's
+            context if that is less.
         batch_size (`int`): most windows per batch; the windows are dealt out evenly.
         seed (`int`): of all that is random; the global random state is neither read nor changed.
 
@@ -76,14 +71,14 @@ def calibration_batches(
 
     Raises:
         `ValueError`: there is too little text, or it does not fit the model; the message says what to change.
+        `FileNotFoundError`: there is no such file.
         `ModuleNotFoundError`: a dataset was named and `datasets` is not installed.
     """
-    for key, value in (("num_samples", num_samples), ("sequence_length", sequence_length), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
-    if not (_is_text(source) or _is_mixture(source)):
+    _check_counts(num_samples=num_samples, sequence_length=sequence_length, batch_size=batch_size)
+    if not is_text(source):
         return _model_inputs(source, model, num_samples)
-    parts = source if _is_mixture(source) else [(source, 1)]
+    check_paths(source)
+    parts, sequence_length = _parts(source), window_length(model, sequence_length)
     _check_parts(parts, model, sequence_length)
     shares = share_out(num_samples, [weight for _, weight in parts])
     made = []
@@ -92,10 +87,20 @@ def calibration_batches(
             made.append(sample_windows(model, share, sequence_length, batch_size, seed))
         else:
             made.append(_text_windows(part, tokenizer, model, share, sequence_length, seed))
-    windows = torch.cat(made)
-    check_token_ids(windows, model)
+    check_token_ids(windows := torch.cat(made), model)
     batches = math.ceil(num_samples / batch_size)
     return [{"input_ids": windows[first::batches].contiguous()} for first in range(batches)]
+
+
+def is_text(source: Any) -> bool:
+    """Return whether a source is cut into windows, rather than read as batches of model inputs."""
+    return _is_one_text(source) or _is_mixture(source)
+
+
+def check_paths(source: Any) -> None:
+    """Raise `FileNotFoundError` when a source, or a part of a mixture, is a file that is not there."""
+    for part, _ in _parts(source) if is_text(source) else ():
+        check_source(part)
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
@@ -132,12 +137,15 @@ def _text_windows(source: Any, tokenizer: Any, model: Any, count: int, length: i
     documents, tokenized = documents_of(source, seed)
     if tokenized:
         return pack(documents, count, length)
-    tokenizer = resolve_tokenizer(tokenizer, model)
-    check_tokenizer(tokenizer, model)
-    return pack_text(documents, tokenizer, count, length, seed)
+    return pack_text(documents, resolve_tokenizer(tokenizer, model), count, length, seed)
 
 
-def _is_text(source: Any) -> bool:
+def _parts(source: Any) -> Sequence[tuple[Any, Any]]:
+    """Return the sources of a mixture with their weights; one source is a mixture of one."""
+    return source if _is_mixture(source) else [(source, 1)]
+
+
+def _is_one_text(source: Any) -> bool:
     strings = isinstance(source, list | tuple) and source and all(isinstance(item, str) for item in source)
     return bool(strings) or isinstance(source, str | Path) or is_dataset(source)
 
@@ -147,10 +155,17 @@ def _is_mixture(source: Any) -> bool:
     return pairs and len(source) > 0
 
 
+def _check_counts(**counts: Any) -> None:
+    for key, value in counts.items():
+        unset = key == "sequence_length" and value is None
+        if not unset and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{key} must be an integer of at least 1; got {value!r}.")
+
+
 def _check_parts(parts: Sequence[tuple[Any, Any]], model: Any, sequence_length: int) -> None:
     """Check what can be known of sources and model before any text is read."""
     for part, _ in parts:
-        if not _is_text(part):
+        if not _is_one_text(part):
             raise ValueError(f"A mixture is made of sources of text; got {_describe(part)}.")
         if isinstance(part, str) and part == SELF:
             check_writes_text(model)

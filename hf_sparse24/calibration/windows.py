@@ -1,22 +1,17 @@
 """Packed windows: text of any length joined, and cut into rows of tokens that a model can read.
 
-Decides how documents follow each other, which special tokens stand where, and whether ids and lengths fit the model.
+Decides how documents follow each other, which special tokens stand where, and whether lengths fit the model.
 Where the text comes from is decided in `text`.
 """
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
-
-_SPECIAL = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")  # padding is the user's
+_DEFAULT_LENGTH = 1024  # tokens per window, where the model reads as many
 _CHARACTERS_PER_PIECE = 8  # per token of a window: about two windows of English, more of other scripts
 
 
@@ -52,21 +47,6 @@ def pack(
     return torch.cat([torch.tensor([[*before]] * count).long(), text, torch.tensor([[*after]] * count).long()], dim=1)
 
 
-def resolve_tokenizer(tokenizer: Any, model: Any) -> Any:
-    """Return the tokenizer, found by its name or by the model's where need be."""
-    if tokenizer is not None and not isinstance(tokenizer, str | Path):
-        return tokenizer
-    name = tokenizer or getattr(model, "name_or_path", None)
-    if not name:
-        raise ValueError(
-            "Calibration text needs a tokenizer, and the model has no name to find it by; pass tokenizer."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"Calibration text needs a tokenizer; {str(name)!r} has none. Pass tokenizer.") from error
-
-
 def context_length(model: Any) -> int | None:
     """Return the most tokens that the model reads at once, or None if its config sets no limit."""
     if not hasattr(model, "config"):
@@ -81,6 +61,11 @@ def context_length(model: Any) -> int | None:
     return context
 
 
+def window_length(model: Any, asked: int | None) -> int:
+    """Return how many tokens a window has: what was asked, or else 1024, or the model's context if that is less."""
+    return asked or min(_DEFAULT_LENGTH, context_length(model) or _DEFAULT_LENGTH)
+
+
 def check_context(model: Any, length: int) -> None:
     """Raise `ValueError` when sequences are longer than what the model reads at once: some would run, badly."""
     context = context_length(model)
@@ -89,63 +74,6 @@ def check_context(model: Any, length: int) -> None:
             f"Sequences of {length} tokens were asked for; {type(model).__name__} has a context of {context}. "
             f"Use {context} or less (sequence_length, or window where perplexity is measured)."
         )
-
-
-def check_token_ids(ids: Tensor, model: Any) -> None:
-    """Raise `ValueError` when an id has no row among the model's token embeddings, if it has any.
-
-    It would be an index error, on a GPU one that ends the process.
-    """
-    count = _embeddings(model)
-    if count is None or not ids.numel() or (ids.min() >= 0 and ids.max() < count):
-        return
-    wrong = int(ids.min() if ids.min() < 0 else ids.max())
-    raise ValueError(
-        f"The tokenizer does not match the model: a token id is {wrong}, and {type(model).__name__} has "
-        f"{count} token embeddings. Use the tokenizer of this model."
-    )
-
-
-def check_tokenizer(tokenizer: Any, model: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model, and warn where special tokens are not those of its config.
-
-    Tokens that were added to a tokenizer do not count: a model without them works as long as no text has any.
-
-    Raises:
-        `ValueError`: the tokenizer has more tokens than the model has embeddings.
-    """
-    count, known = _embeddings(model), getattr(tokenizer, "vocab_size", None)
-    if count is not None and isinstance(known, int) and known > count:
-        raise ValueError(
-            f"The tokenizer does not match the model: it has {known} tokens, and {type(model).__name__} has {count} "
-            "token embeddings. Use the tokenizer of this model."
-        )
-    for name in _SPECIAL:
-        found, expected = getattr(tokenizer, name, None), _expected_ids(model, name)
-        if found is not None and expected and found not in expected:
-            logger.warning(
-                f"The tokenizer may be of another model: its {name} is {found}, the config of {type(model).__name__} "
-                f"has {' or '.join(map(str, expected))}."
-            )
-
-
-def _embeddings(model: Any) -> int | None:
-    """Return how many tokens a model has embeddings of, or None if it has none of text."""
-    try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):  # not a transformers model, or one of several towers
-        return None
-    return None if weight is None else len(weight)
-
-
-def _expected_ids(model: Any, name: str) -> list[int]:
-    """Return what a config allows as a special token; chat models may end a text in several ways."""
-    if not hasattr(model, "config"):
-        return []
-    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
-    values = [getattr(config, name, None) for config in configs]
-    ids = [id_ for value in values for id_ in (value if isinstance(value, list) else [value])]
-    return sorted({id_ for id_ in ids if isinstance(id_, int)})
 
 
 def end_of_line_or_word(text: str, position: int, reach: int) -> int:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from hf_sparse24.calibration.windows import check_context, check_token_ids
+from hf_sparse24.calibration.tokenizer import check_token_ids
+from hf_sparse24.calibration.windows import check_context
 from hf_sparse24.evaluation.running import Batch, check_not_nan, evaluating, moved
 
 Texts = Iterable[Batch] | Sequence[Sequence[int]]

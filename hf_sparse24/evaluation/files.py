@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor
 from transformers.audio_utils import load_audio
 from transformers.image_utils import load_image
 from transformers.utils import logging
 
-from hf_sparse24.calibration.documents import DATA_FORMATS, load_rows
+from hf_sparse24.calibration.documents import DATA_FORMATS, check_file, load_rows
+from hf_sparse24.calibration.tokenizer import load_tokenizer
 from hf_sparse24.calibration.windows import context_length
 from hf_sparse24.evaluation.encoders import retrieval_recall
 from hf_sparse24.evaluation.figures import Evaluation
@@ -46,13 +47,14 @@ def evaluate_pairs(
         batch_size (`int`): pairs of text per forward pass.
 
     Raises:
-        `ValueError`: the model is neither, or the table is not as described, or a text or sound is too long.
+        `ValueError`: the model is neither or has no tokenizer, or the table is not as described, or a text or sound is
+            too long.
         `FileNotFoundError`: the table or a sound is not there.
         `ImportError`: there are sounds, and what transformers reads them with is not installed.
     """
     inputs, targets = _read_pairs(table)
     kind = _kind(model)
-    tokenizer = AutoTokenizer.from_pretrained(processors)
+    tokenizer = load_tokenizer(processors)
     if kind == "encoder":
         if isinstance(inputs[0], Path):
             raise ValueError(f"{type(model).__name__} reads text; {table.name} has a column audio. Name it input.")
@@ -118,8 +120,7 @@ def _kind(model: nn.Module) -> str:
 
 def _read_pairs(table: Path) -> tuple[list[Any], list[str]]:
     """Return the inputs, texts or paths of sounds, and the targets."""
-    if not table.is_file():
-        raise FileNotFoundError(f"Pairs were asked from {str(table)!r}; there is no such file.")
+    check_file(table, "Pairs were")
     if table.suffix.lower() not in DATA_FORMATS:
         raise ValueError(f"Pairs are rows of {', '.join(DATA_FORMATS)}; got {table.name}.")
     rows = load_rows(table)

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_sparse24.calibration.documents import held_out_documents, split_text
-from hf_sparse24.calibration.windows import check_context, check_token_ids
+from hf_sparse24.calibration.tokenizer import check_token_ids
+from hf_sparse24.calibration.windows import check_context
 from hf_sparse24.evaluation.running import Batch, check_not_nan, evaluating, moved
 
 _LARGEST_EXPONENT = 709.0  # of a float64

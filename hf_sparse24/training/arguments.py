@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_sparse24.training.policies import make_policy
+
 
 @dataclass
 class Sparse24Arguments:
@@ -71,10 +73,11 @@ class Sparse24Arguments:
         """Check what was asked.
 
         Raises:
-            `ValueError`: a value is out of range, or contradicts another.
+            `ValueError`: a value is out of range or contradicts another, or there is no such mask policy.
         """
         if isinstance(self.mask_policy_args, str):
             self.mask_policy_args = json.loads(self.mask_policy_args)
+        make_policy(self.mask_policy, **(self.mask_policy_args or {}))
         for key in ("logit_weight", "label_weight", "hidden_weight"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key} must not be negative; got {getattr(self, key)!r}.")

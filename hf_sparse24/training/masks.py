@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_sparse24 import processes
 from hf_sparse24.identity import record_of
 from hf_sparse24.kernels import zero_pruned
+from hf_sparse24.nn import PackedModule
 from hf_sparse24.selection import select
 from hf_sparse24.shards import check_shards, is_sharded, local
 
@@ -80,9 +81,11 @@ class Masks(dict[str, Mask]):
             choose (`Callable`): from a name, the local weight and its input dimension to the bool mask of what stays.
 
         Raises:
-            `ValueError`: there is nothing to prune, or the model is sharded so that groups of four are cut in two.
+            `ValueError`: there is nothing to prune, the model is packed, or it is sharded so that groups of four are
+                cut in two.
         """
         model = bare(model)
+        refuse_packed(model)
         masks = cls()
         for path, dim in _targets(model):
             parameter, name = model.get_parameter(path), _WRAPPER.sub("", path)
@@ -145,6 +148,16 @@ class Masks(dict[str, Mask]):
             sharded = sharded or is_sharded(mask.parameter)
         total = torch.stack(counts).sum()
         return processes.sum_(total) if sharded else total
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raise `ValueError` when a model has packed layers, whose weights are not there to be trained."""
+    packed = sum(isinstance(module, PackedModule) for module in model.modules())
+    if packed:
+        raise ValueError(
+            f"2:4 training needs the dense weights of a model, and {packed} layers of {type(model).__name__} are "
+            "packed. Prune with pack=False or call unpack_ on it, train that, and pack it afterwards (pack_)."
+        )
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ from hf_sparse24.training.distillation import (
     check_adapters,
     counted_tokens,
 )
-from hf_sparse24.training.masks import bare
+from hf_sparse24.training.masks import bare, refuse_packed
 
 logger = logging.get_logger(__name__)
 
@@ -36,9 +36,15 @@ class Sparse24TrainerMixin:
             It stays whole on every device, in its own dtype.
         args, kwargs: as the trainer that follows takes them. Arguments that are no `Sparse24Arguments` mean frozen
             masks and no distillation.
+
+    Raises:
+        `ValueError`: the model is packed.
     """
 
     def __init__(self, *args: Any, teacher_model: nn.Module | None = None, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        if isinstance(model, nn.Module):
+            refuse_packed(bare(model))
         super().__init__(*args, **kwargs)
         asked = self.args if isinstance(self.args, Sparse24Arguments) else Sparse24Arguments()
         self._asked = asked

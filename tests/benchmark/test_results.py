@@ -80,7 +80,8 @@ def test_the_environment_says_where_and_how():
     facts = run_environment(torch.device("cpu"), "hf-sparse24 bench gemm", Machine(4000, 790, 1500))
     assert facts["command"] == "hf-sparse24 bench gemm"
     assert facts["copy_gb_s"] == "4000"
-    assert "2:4 rows are unpacked and run dense, and FP8 is emulated" in facts["note"]
+    assert next(iter(facts)) == "note"
+    assert "a CPU emulates the kernels: 2:4 rows are unpacked and run dense, and FP8 is emulated" in facts["note"]
     assert {"date", "device", "torch", "transformers", "dense_tflops"} <= facts.keys()
 
 
@@ -101,6 +102,9 @@ def test_plots_are_written(rows, model_rows, tmp_path):
     for name, kept in (("gemm", rows), ("model", model_rows)):
         plot_rows(kept, tmp_path / f"{name}.svg")
         assert "2:4-int8" in (tmp_path / f"{name}.svg").read_text() or (tmp_path / f"{name}.svg").stat().st_size > 5000
+    plot_rows(rows, tmp_path / "noted.svg", note="said of them")
+    sizes = [(tmp_path / f"{name}.svg").stat().st_size for name in ("gemm", "noted")]
+    assert sizes[0] < sizes[1]
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_rows(rows[2:3], tmp_path / "none.svg")
 
@@ -117,6 +121,7 @@ def test_gemm_from_the_shell(cli, tmp_path):
     written, facts = read_csv(tmp_path / "rows.csv")
     assert len(written) == 6
     assert facts["command"].startswith("hf-sparse24 bench gemm --shapes 48x64")
+    assert (tmp_path / "rows.csv").read_text().startswith("# note: a CPU emulates the kernels")
 
 
 def test_a_layer_of_a_model_from_the_shell(cli, tiny_llama_folder):
@@ -127,6 +132,7 @@ def test_a_layer_of_a_model_from_the_shell(cli, tiny_llama_folder):
     assert code == 0, err
     assert "layer, siblings merged M=3" in out
     assert "2:4-bf16" in out
+    assert out.startswith("Note: a CPU emulates the kernels")
 
 
 def test_gemm_takes_the_shapes_of_a_model(cli, tiny_llama_folder):

@@ -12,9 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoTokenizer,
     BatchEncoding,
     BertConfig,
     BertModel,
+    ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -26,6 +28,8 @@ from transformers import (
 
 from hf_sparse24.calibration.documents import HELD_OUT, held_out_documents, split_text
 from hf_sparse24.calibration.text import calibration_batches, share_out
+from hf_sparse24.calibration.tokenizer import load_tokenizer
+from hf_sparse24.calibration.windows import window_length
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
 WORDS = [f"w{number}" for number in range(96 - len(SPECIAL))]
@@ -559,6 +563,21 @@ def test_windows_longer_than_the_context_are_refused(bert, tokenizer):
         assert calibration_batches([numbered(600)], model, tokenizer, 1, context)
 
 
+def test_windows_have_1024_tokens_or_as_many_as_the_model_reads(bert, tiny_llama, tokenizer):
+    for model, length in ((bert, 512), (tiny_llama, 1024)):
+        (batch,) = calibration_batches([numbered(2100)], model, tokenizer, 2)
+        assert batch["input_ids"].shape == (2, length)
+    del tiny_llama.config.max_position_embeddings
+    assert window_length(tiny_llama, None) == 1024
+    assert window_length(bert, 2000) == 2000  # what was asked for is refused, not shortened
+
+
+def test_a_file_is_looked_for_before_the_context(bert, tokenizer):
+    for source in ("missing.txt", [("self", 1), ("missing.txt", 1)]):
+        with pytest.raises(FileNotFoundError, match=r"asked from 'missing.txt'"):
+            calibration_batches(source, bert, tokenizer, 1, 4000)
+
+
 def test_positions_that_roberta_reserves_are_no_context(tokenizer):
     roberta = RobertaModel(tiny(RobertaConfig, max_position_embeddings=34, pad_token_id=1)).eval()
     with pytest.raises(ValueError, match="context of 32"):
@@ -644,12 +663,32 @@ def test_a_missing_tokenizer_is_asked_for(tiny_llama, tmp_path):
         calibration_batches([numbered(50)], tiny_llama, None, 1, 16)
     tiny_llama.save_pretrained(tmp_path / "bare")
     tiny_llama.name_or_path = str(tmp_path / "bare")
-    with pytest.raises(ValueError, match=r"bare' has none. Pass tokenizer"):
+    with pytest.raises(ValueError, match=r"bare has none that transformers reads; .*, or pass another as tokenizer"):
         calibration_batches([numbered(50)], tiny_llama, None, 1, 16)
 
 
+@pytest.mark.parametrize(("config", "known"), [(BertConfig, 5), (RobertaConfig, 5), (GPT2Config, 1), (T5Config, 104)])
+def test_a_tokenizer_that_transformers_makes_without_files_is_refused(tiny_llama, tmp_path, config, known):
+    config().save_pretrained(tmp_path)
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(made) == known  # what this is about: transformers does not refuse
+    with pytest.raises(
+        ValueError, match=rf"lacks its files: what .* of {known} special tokens, reads no text; save it"
+    ):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"or pass another as tokenizer \(--tokenizer\)"):
+        calibration_batches([numbered(50)], tiny_llama, str(tmp_path), 1, 16)
+    with pytest.raises(ValueError, match="has no tokens but special ones"):
+        calibration_batches([numbered(50)], tiny_llama, made, 1, 16)
+
+
+def test_a_tokenizer_of_bytes_needs_no_files(tmp_path):
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)("ab")["input_ids"] == [100, 101, 1]
+
+
 @pytest.mark.parametrize("key", ["num_samples", "sequence_length", "batch_size"])
-@pytest.mark.parametrize("value", [0, 1.5, None])
+@pytest.mark.parametrize("value", [0, 1.5, "8"])
 def test_counts_are_positive_integers(tiny_llama, key, value):
-    with pytest.raises(ValueError, match=f"{key} must be an integer of at least 1; got {value}"):
+    with pytest.raises(ValueError, match=f"{key} must be an integer of at least 1; got {value!r}"):
         calibration_batches(["w1"], tiny_llama, **{key: value})

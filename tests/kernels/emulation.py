@@ -17,16 +17,14 @@ def emulator(name, **definitions):
     """Return the library that emulates `NAME.cu` with some definitions."""
     if shutil.which("g++") is None:
         pytest.skip("no GPU, and no g++ to emulate one")
-    here, folder = Path(__file__).parent, Path(tempfile.mkdtemp())
+    here = Path(__file__).parent
     command = ["g++", "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
-    command += ["-o", folder / "emulated.so", here / f"emulated_{name}.cpp"]
-    command += [
-        "-I",
-        Path(hf_sparse24.kernels.__path__[0]),
-        *(f"-D{key}={value}" for key, value in definitions.items()),
-    ]
-    subprocess.run(command, check=True)
-    return ctypes.CDLL(folder / "emulated.so")
+    command += [here / f"emulated_{name}.cpp", "-I", Path(hf_sparse24.kernels.__path__[0])]
+    command += [f"-D{key}={value}" for key, value in definitions.items()]
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded stays so without its file
+        library = Path(folder) / "emulated.so"
+        subprocess.run([*command, "-o", library], check=True)
+        return ctypes.CDLL(library)
 
 
 def address(tensor):

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_sparse24 import Sparse24Callback, Sparse24Config, Sparse24Trainer, prune_, sparsity_report
+from hf_sparse24 import Sparse24Callback, Sparse24Config, Sparse24Trainer, pack_, prune_, sparsity_report
 from hf_sparse24.pattern import find_violations, mask_2to4
 from hf_sparse24.training.masks import Mask, Masks, pack_bits
 from tests.families import build
@@ -38,6 +38,24 @@ def assert_held(model, before):
     after = zeros_of(model)
     assert all(torch.equal(after[name] & before[name], before[name]) for name in before)
     assert sparsity_report(model).totals["violating_groups"] == 0
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_packed_model_is_told_to_be_unpacked(pruned, arguments, rows, adapters):
+    pack_(pruned)
+    if adapters:
+        peft = pytest.importorskip("peft")
+        pruned = peft.get_peft_model(pruned, peft.LoraConfig(target_modules=["q_proj"]))
+    message = (
+        r"needs the dense weights of a model, and 14 layers of \w+ are packed\. Prune with pack=False or call unpack_"
+    )
+    for kwargs in ({}, {"model": pruned}):
+        with pytest.raises(ValueError, match=message):
+            Sparse24Trainer(*([] if kwargs else [pruned]), args=arguments(), train_dataset=rows, **kwargs)
+    if adapters:  # which Trainer trains, without any mask
+        trainer = Trainer(pruned, arguments(), train_dataset=rows, callbacks=[Sparse24Callback()])
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
 
 
 @pytest.mark.parametrize(

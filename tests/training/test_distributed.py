@@ -178,6 +178,7 @@ def test_the_config_that_is_shipped_shards_the_example_by_accelerate_launch(tmp_
     launch += ["--config_file", str(ROOT / "examples/fsdp2.yaml"), str(ROOT / "tests/training/launched.py")]
     launch += [str(ROOT / "examples/retrain_lm.py"), str(tmp_path / "request.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment["TMPDIR"] = str(tmp_path)  # the launcher leaves a folder there
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("DistributedType.FSDP") == 2  # processes

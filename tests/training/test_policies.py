@@ -249,6 +249,10 @@ def test_the_first_masks_come_from_a_prior(tiny_llama, train, tmp_path):
 def test_unknown_policies_and_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="mask_policy must be one of 'frozen', 'srste'"):
         make_policy("dynamic")
+    with pytest.raises(ValueError, match="mask_policy must be one of 'frozen', 'srste'"):
+        arguments(mask_policy="dynamic")
+    with pytest.raises(ValueError, match="'admm' takes penalty, refresh_steps, until; got 'decay'"):
+        arguments(mask_policy="admm", mask_policy_args='{"decay": 1}')
     with pytest.raises(ValueError, match="'admm' takes penalty, refresh_steps, until; got 'decay'"):
         make_policy("admm", decay=1)
     with pytest.raises(ValueError, match="until must be a share"):
