@@ -1,11 +1,13 @@
 """The experts of a layer, packed, beside transformers' dense `grouped_mm`: module for module, routing included.
 
-Both run the same module of transformers on the same random tokens, each sent to `top_k` experts at random. Packed
-experts are told on the host how many tokens each has, so that no CUDA graph can be captured: times are what a stream
-sees in eager mode, for both alike (`timing.time_stream`). The dense candidate runs dense weights; the packed ones the
-pruned form of them, which is also what their outputs are compared with.
+Both run the same module of transformers on the same random tokens, each sent to `top_k` experts at random, and both
+are timed in two ways, which their label tells: as a stream sees them in eager mode (`timing.time_stream`), and in a
+CUDA graph of several such calls, each with tokens and experts of its own (`timing.time_calls`). Packed experts with
+many tokens cannot be captured; their rows say so. The dense candidate runs dense weights; the packed ones the pruned
+form of them, which is also what their outputs are compared with.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_sparse24.benchmark.results import OK, ProjectionRow, with_ratios
 from hf_sparse24.benchmark.roofline import DTYPE, Work, measure_machine, projection_work
-from hf_sparse24.benchmark.timing import time_stream
+from hf_sparse24.benchmark.timing import Timing, rotations, time_calls, time_stream
 from hf_sparse24.nn import Sparse24Experts
 from hf_sparse24.nn.mixture import pack_experts_
 from hf_sparse24.pattern import prune_into
@@ -25,7 +27,12 @@ from hf_sparse24.pattern import prune_into
 # 8-bit operands, each with the error of `gemm.TOLERANCE`.
 TOLERANCE = {"bf16": 0.02, "int8": 0.06, "fp8": 0.16}
 STACKS = ("gate_up_proj", "down_proj")
+_MOST_ROTATIONS = 16
+MODES = ("eager", "CUDA graph")
 _QUANTIZATION = {"2:4-bf16": None, "2:4-int8": "int8", "2:4-fp8": "fp8"}
+
+
+Arguments = tuple[Tensor, Tensor, Tensor]
 
 
 class Mixture(NamedTuple):
@@ -57,7 +64,7 @@ def benchmark_experts(
     candidates: Sequence[str] = tuple(_QUANTIZATION),
     backend: str = "auto",
 ) -> Iterator[list[ProjectionRow]]:
-    """Measure the experts of a layer, and yield the rows of each number of tokens, with ratios.
+    """Measure the experts of a layer, and yield the rows of each number of tokens and each of `MODES`, with ratios.
 
     Args:
         mixture (`Mixture`): sizes.
@@ -70,27 +77,28 @@ def benchmark_experts(
         name: nn.Parameter((torch.randn(mixture.experts, *shape, device=device) * shape[1] ** -0.5).to(DTYPE))
         for name, shape in zip(STACKS, mixture.shapes, strict=True)
     }
-    arguments = {count: _routed(mixture, count, device) for count in tokens}
+    arguments = {count: _rotation(mixture, count, device) for count in tokens}
     module = _module(mixture, stacks)
-    rows = {
-        count: [_row(mixture, arguments[count], "dense-bf16", _timed(module, arguments[count]))] for count in tokens
-    }
+    rows: dict[tuple[int, str], list[ProjectionRow]] = {(count, mode): [] for count in tokens for mode in MODES}
+    for (count, mode), found in rows.items():
+        found.append(_row(mixture, arguments[count][0], "dense-bf16", mode, _timed(module, arguments[count], mode)))
     for stack in stacks.values():
         prune_into(stack.data, stack.data, torch.abs)
-    expected = {count: module(*arguments[count]).float() for count in tokens}
+    expected = {count: module(*arguments[count][0]).float() for count in tokens}
     for candidate in candidates:
         module = _packed(_module(mixture, stacks), _QUANTIZATION[candidate], backend)
-        for count in tokens:
-            measured = _timed(module, arguments[count], expected[count], TOLERANCE[_precision(candidate)])
-            rows[count].append(_row(mixture, arguments[count], candidate, measured))
-    for count in tokens:
-        yield with_ratios(rows[count], lambda row: row.us)
+        for (count, mode), found in rows.items():
+            measured = _timed(module, arguments[count], mode, expected[count], TOLERANCE[_precision(candidate)])
+            found.append(_row(mixture, arguments[count][0], candidate, mode, measured))
+    for found in rows.values():
+        yield with_ratios(found, lambda row: row.us)
 
 
 class _Measured(NamedTuple):
     status: str
-    us: float | None = None
     error: float | None = None
+    us: float | None = None
+    host_us: float | None = None
 
 
 def _module(mixture: Mixture, stacks: dict[str, nn.Parameter]) -> nn.Module:
@@ -120,15 +128,23 @@ def _packed(module: nn.Module, quantization: str | None, backend: str) -> nn.Mod
     return module
 
 
-def _routed(mixture: Mixture, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _routed(mixture: Mixture, tokens: int, device: torch.device) -> Arguments:
     """Return random tokens, the experts of each, and how much each counts."""
     weights, chosen = torch.rand(tokens, mixture.experts, device=device).topk(mixture.top_k)
     return torch.randn(tokens, mixture.hidden, device=device).to(DTYPE), chosen, weights.softmax(-1).to(DTYPE)
 
 
+def _rotation(mixture: Mixture, tokens: int, device: torch.device) -> list[Arguments]:
+    """Return arguments of as many calls as read more packed weights together than the cache holds."""
+    hit = min(mixture.experts, tokens * mixture.top_k)
+    packed_bytes = sum(projection_work(*shape, 0, 8, True).bytes for shape in mixture.shapes) * hit
+    return [_routed(mixture, tokens, device) for _ in range(min(rotations(packed_bytes, device), _MOST_ROTATIONS))]
+
+
 def _timed(
     module: nn.Module | str,
-    arguments: tuple[Tensor, Tensor, Tensor],
+    arguments: Sequence[Arguments],
+    mode: str,
     expected: Tensor | None = None,
     tolerance: float = 0.0,
 ) -> _Measured:
@@ -138,16 +154,23 @@ def _timed(
     error = None
     try:
         if expected is not None:
-            difference = module(*arguments).float() - expected
+            difference = module(*arguments[0]).float() - expected
             error = float((difference.norm(dim=1) / expected.norm(dim=1)).max())
             if not error <= tolerance:  # so that NaN is wrong, too
-                return _Measured(f"wrong: relative error {error:.2g}", None, error)
-        return _Measured(OK, time_stream(lambda: module(*arguments), arguments[0].device), error)
+                return _Measured(f"wrong: relative error {error:.2g}", error)
+        return _Measured(OK, error, *_time(module, arguments, mode))
     except Exception as problem:  # as above
-        return _Measured(f"cannot run: {_reason(problem)}", None, error)
+        return _Measured(f"cannot run: {_reason(problem)}", error)
 
 
-def _row(mixture: Mixture, arguments: tuple[Tensor, Tensor, Tensor], name: str, measured: _Measured) -> ProjectionRow:
+def _time(module: nn.Module, arguments: Sequence[Arguments], mode: str) -> Timing:
+    device = arguments[0][0].device
+    if mode == "eager":
+        return Timing(time_stream(lambda: module(*arguments[0]), device), None)
+    return time_calls([functools.partial(module, *each) for each in arguments], device)
+
+
+def _row(mixture: Mixture, arguments: Arguments, name: str, mode: str, measured: _Measured) -> ProjectionRow:
     bits, sparse = 16 if _precision(name) == "bf16" else 8, name.startswith("2:4")
     hit, pairs = len(arguments[1].unique()), arguments[1].numel()
     works = [projection_work(*shape, 0, bits, sparse).bytes * hit for shape in mixture.shapes]
@@ -160,12 +183,13 @@ def _row(mixture: Mixture, arguments: tuple[Tensor, Tensor, Tensor], name: str, 
         shape=" ".join(
             f"{mixture.experts}x{out_features}x{in_features}" for out_features, in_features in mixture.shapes
         ),
-        label=f"{mixture.name}, {mixture.top_k} of {mixture.experts}",
+        label=f"{mixture.name}, {mixture.top_k} of {mixture.experts}, {mode}",
         tokens=len(arguments[0]),
         candidate=name,
         precision=_precision(name),
         status=measured.status,
         us=measured.us,
+        host_us=measured.host_us,
         error=measured.error,
         bytes=work.bytes,
         flops=work.flops,

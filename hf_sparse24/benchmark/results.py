@@ -59,7 +59,7 @@ class ProjectionRow(Row):
 
     Attributes:
         shape (`str`): NxK of each projection; those that read one input are joined by "+". Of experts ExNxK.
-        label (`str`): their roles in the model, or "". Of experts whose they are.
+        label (`str`): their roles in the model, or "". Of experts whose they are, and how they ran.
         tokens (`int`): M.
         us, host_us (`float`, *optional*): see `timing.Timing`.
         error (`float`, *optional*): relative L2 error of the worst token against float64.

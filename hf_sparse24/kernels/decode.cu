@@ -12,6 +12,10 @@
 // Where there are too few rows to keep a GPU busy, the columns are divided: among teams of warps in a block, and among
 // the blocks of a cluster, which read each other's sums in the end (sm_90 and newer). All sums are in a fixed order.
 //
+// Grouped, it is one launch for a stack of projections (the experts of a mixture), each of which has tokens of its own,
+// one behind the other: where those of an expert end stands on the device. Each block finds out which tokens of which
+// expert it has, and does what it would do for a single projection; tokens of nobody get zeros.
+//
 // A kernel may begin while the one before it ends (overlap.h). Meanwhile it has the weights brought to the L2 cache; it
 // reads nothing before the other is done, which may have written any of it.
 //
@@ -23,8 +27,18 @@
 // and FP8 (0 or 1) of the values, X_BITS of the activations (16, or 8 if the values have 8); ROW_TILES (of 16 rows) of a
 // warp and ROW_WARPS (of a team) and TEAMS of a block; TOKEN_TILES (of 8 tokens); UNITS (of 64 columns) of a chunk and
 // STAGES of the queue; CLUSTER. The columns are a multiple of 64 UNITS.
+// For a stack (see grouped.py): GROUPED (1), and LEAST_BLOCKS that a multiprocessor should run at once.
 
 #include "overlap.h"
+
+#ifndef GROUPED
+#define GROUPED 0
+#endif
+#if GROUPED && LEAST_BLOCKS > 1
+#define BLOCKS_AT_ONCE , LEAST_BLOCKS
+#else
+#define BLOCKS_AT_ONCE  // even a 1 changes how many registers the compiler takes: 128 become 198 for (2, 7, 1, 8, 2, 2, 1)
+#endif
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -300,19 +314,84 @@ struct alignas(8) Four {
     u16 halves[4];
 };
 
+#if GROUPED
+// The tokens of a block: of which expert, from which row on, and before which row the last ones of this expert end. The
+// number of experts stands for nobody, a greater one for a block without tokens.
+struct Share {
+    int expert, first, end;
+};
+
+__device__ int end_of(int expert, const int *offsets, int experts, int rows) {
+    if (expert < 0) return 0;
+    int end = expert < experts ? offsets[expert] : rows;
+    return end < 0 ? 0 : end < rows ? end : rows;
+}
+
+__device__ int tiles_of(int expert, const int *offsets, int experts, int rows) {
+    int count = end_of(expert, offsets, experts, rows) - end_of(expert - 1, offsets, experts, rows);
+    return count > 0 ? (count + TOKENS - 1) / TOKENS : 0;
+}
+
+// Blocks take the tiles of tokens of one expert after the other. Every warp looks for its own: a lane counts the tiles of
+// some experts, and the one that has the tile among them tells the others.
+__device__ Share share_of(int tile, const int *offsets, int experts, int rows) {
+    int lane = threadIdx.x % 32, each = experts / 32 + 1, expert = lane * each, tiles = 0;
+    for (int i = 0; i < each && expert + i <= experts; ++i) tiles += tiles_of(expert + i, offsets, experts, rows);
+    int before = tiles;
+    for (int distance = 1; distance < 32; distance *= 2) {
+        int more = __shfl_up_sync(0xffffffff, before, distance);
+        if (lane >= distance) before += more;
+    }
+    before -= tiles;
+    u32 found = 0, nth = 0;
+    if (before <= tile && tile < before + tiles) {
+        for (int here; tile >= before + (here = tiles_of(expert, offsets, experts, rows)); ++expert) before += here;
+        found = expert + 1, nth = tile - before;
+    }
+    found = __reduce_max_sync(0xffffffff, found), nth = __reduce_max_sync(0xffffffff, nth);
+    if (!found) return {experts + 1, 0, 0};
+    expert = found - 1;
+    return {expert, end_of(expert - 1, offsets, experts, rows) + (int)nth * TOKENS,
+            end_of(expert, offsets, experts, rows)};
+}
+// Where the tokens of each expert end; bytes from the values of an expert to those of the next.
+#define OF_A_STACK const int *offsets, int experts, u64 pitch,
+#else
+#define OF_A_STACK
+#endif
+
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)
 #else
 #define IN_CLUSTERS
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
+extern "C" __global__ void __launch_bounds__(THREADS BLOCKS_AT_ONCE) IN_CLUSTERS
     few_tokens_linear(const u8 *x, const float *token_scale, const u8 *values, const u8 *indices, const float *scale,
-                      const u16 *bias, u16 *out, int tokens, int outputs, int columns) {
+                      const u16 *bias, u16 *out, OF_A_STACK int tokens, int outputs, int columns) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int team = warp / ROW_WARPS, thread = threadIdx.x % TEAM, first_row = 16 * ROW_TILES * (warp % ROW_WARPS);
     int rank = blockIdx.y % CLUSTER;
-    long long row = (long long)(blockIdx.y / CLUSTER) * ROWS, token = (long long)blockIdx.x * TOKENS;
+#if GROUPED
+    // The blocks for the rows of an expert follow each other: what they read is then in the L2 cache.
+    int row_blocks = (outputs + ROWS - 1) / ROWS, block = blockIdx.y / CLUSTER * gridDim.x + blockIdx.x;
+    let_the_next_kernel_begin();
+    wait_for_the_kernel_before();
+    Share share = share_of(block / row_blocks, offsets, experts, tokens);
+    long long row = (long long)(block % row_blocks) * ROWS, token = share.first, expert = share.expert;
+    if (expert >= experts) {
+        int rows = outputs - row < ROWS ? outputs - row : ROWS, zeros = share.end - share.first;
+        if (zeros > TOKENS) zeros = TOKENS;
+        for (int i = rank * THREADS + threadIdx.x; i < zeros * rows; i += THREADS * CLUSTER)
+            out[(token + i / rows) * outputs + row + i % rows] = 0;
+        return;
+    }
+    tokens = share.end;
+    values += expert * pitch, indices += expert * outputs * (columns / 8);
+    long long of_rows = expert * ((outputs + 3) / 4 * 4) + row;  // scales and biases
+#else
+    long long row = (long long)(blockIdx.y / CLUSTER) * ROWS, token = (long long)blockIdx.x * TOKENS, of_rows = row;
+#endif
     Operands from = {values + row * (columns / 16 * BITS),
                      indices + row * (columns / 8),
                      x + token * (columns / 8 * X_BITS),
@@ -327,19 +406,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
     // The chunks take turns among the teams of all blocks of the cluster.
     int first = rank * TEAMS + team, step = TEAMS * CLUSTER, chunks = (columns / (64 * UNITS) - first + step - 1) / step;
     let_the_next_kernel_begin();
-    if (OVERLAPS)
+    if (OVERLAPS && !GROUPED)
         for (int i = 0; i < STAGES - 1 && i < chunks; ++i) ask_for(from, first + i * step, thread);
     wait_for_the_kernel_before();
 
     // The end wants them, and should not wait for them.
     for (int i = 4 * threadIdx.x; i < rows_here; i += 4 * THREADS) {
         int there = rows_here - i < 4 ? rows_here - i : 4;
-        if (scale) copy<16>(memory + 4 * i, scale + row + i, 4 * there);
-        if (bias) copy<8>(memory + BIASES_AT + 2 * i, bias + row + i, 2 * there);
+        if (scale) copy<16>(memory + 4 * i, scale + of_rows + i, 4 * there);
+        if (bias) copy<8>(memory + BIASES_AT + 2 * i, bias + of_rows + i, 2 * there);
     }
-    for (int i = 4 * threadIdx.x; X_BITS == 8 && token_scale && i < tokens_here; i += 4 * THREADS) {
-        int there = tokens_here - i < 4 ? tokens_here - i : 4;
-        copy<16>(memory + TOKEN_SCALES_AT + 4 * i, token_scale + token + i, 4 * there);
+    constexpr int TOGETHER = GROUPED ? 1 : 4;  // an expert's tokens begin anywhere
+    for (int i = TOGETHER * threadIdx.x; X_BITS == 8 && token_scale && i < tokens_here; i += TOGETHER * THREADS) {
+        int there = tokens_here - i < TOGETHER ? tokens_here - i : TOGETHER;
+        copy<4 * TOGETHER>(memory + TOKEN_SCALES_AT + 4 * i, token_scale + token + i, 4 * there);
     }
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) {

@@ -106,6 +106,7 @@ class Problem(NamedTuple):
         capability (`tuple[int, int]`): of the GPU.
         clusters_at_once (`Callable`): takes a number of blocks and says how many clusters of so many run at once if
             every block has a multiprocessor; for one block the number of multiprocessors.
+        experts (`int`): how many such projections run at once, each with tokens of its own.
     """
 
     outputs: int
@@ -114,6 +115,7 @@ class Problem(NamedTuple):
     input_dtype: torch.dtype
     capability: tuple[int, int]
     clusters_at_once: Callable[[int], int]
+    experts: int = 1
 
     @property
     def room(self) -> int:
@@ -126,12 +128,18 @@ class Problem(NamedTuple):
 
     def blocks_each(self, block: Block) -> int:
         """Return how many blocks the busiest multiprocessor has: a cluster that does not fit at once doubles up."""
-        clusters = math.ceil(self.outputs / block.rows)
+        clusters = self.experts * math.ceil(self.outputs / block.rows)
         return math.ceil(clusters / self.clusters_at_once(block.cluster))
 
     def blocks_on_each(self, block: Block) -> int:
         """Return how many blocks a multiprocessor has if they spread evenly."""
-        return math.ceil(math.ceil(self.outputs / block.rows) * block.cluster / self.clusters_at_once(1))
+        blocks = self.experts * math.ceil(self.outputs / block.rows) * block.cluster
+        return math.ceil(blocks / self.clusters_at_once(1))
+
+    def blocks_at_once(self, block: Block) -> int:
+        """Return how many blocks a multiprocessor runs at once by shared memory and, beside its sums, 64 registers."""
+        registers = 64 + 4 * block.row_tiles * block.token_tiles
+        return max(1, min(self.room // self.memory(block), _REGISTERS // (registers * block.threads)))
 
     def takes(self, block: Block) -> bool:
         """Tell whether a block fits, and divides what it copies."""
@@ -226,6 +234,8 @@ def kinds(token_tiles: int, problem: Problem) -> list[Kind]:
         found = [(2, 2, 1, 8), (2, 7, 1, 2)] + ([(4, 2, 1, 4)] if bits_16 else [])
     else:
         found = [(2, 7, 1, 1), (2, 7, 1, 2)] + ([(2, 4, 1, 4), (2, 2, 1, 8)] if bits_16 else [(1, 4, 1, 8)])
+    if problem.experts > 1 and problem.input_dtype.itemsize == 2:  # blocks enough without dividing the columns
+        found += [(2, 4, 1, 1), (2, 8, 1, 1)]
     alone = list({Kind(*kind[:3], 1): None for kind in found})
     if problem.capability < (9, 0):
         return alone

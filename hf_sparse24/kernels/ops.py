@@ -12,9 +12,11 @@ Shapes: `input` (..., K); `weight` (N, K/2) and `weight_indices` (N, ceil(K/8)) 
 - `quantize_per_token`: symmetric dynamic quantization of each row; scale (..., 1) float32.
 - `scaled_linear`: the W8A8 product of an input that `quantize_per_token` made, for siblings that share one. Without
   `input_scale` (..., 1) that factor is left to the caller, in whose next operation it may be free.
-- `experts_linear`: `linear` for each expert of a stack and its own rows; rows behind the last offset give zeros. It
-  reads `offsets` (E,), int32 or int64, on the host, which waits for them where they are on a GPU.
-  Differentiable as `linear` is; `experts_linear_backward` is the gradient of the input.
+- `experts_linear`: `linear` for each expert of a stack and its own rows; rows behind the last offset give zeros. On a
+  GPU `offsets` (E,), int32 or int64, are read there while the average expert has few tokens or little work
+  (`kernels.experts.most_grouped_rows`), and tokens count as few by that average; for more rows, and for gradients,
+  they are read on the host, which waits for them. Differentiable as `linear` is; `experts_linear_backward` is the
+  gradient of the input.
 
 A backend registers kernels for these names with `torch.library.register_kernel`; `kernels.reference` is the default of
 every device and the oracle of every test.

@@ -223,7 +223,7 @@ def _gradients_of_experts(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # no
     if ctx.needs_input_grad[5]:
         rows = torch.arange(grad.shape[0], device=grad.device)
         # Rows behind the last offset belong to nobody: they go to one expert more, which is dropped.
-        expert = torch.searchsorted(offsets.to(grad.device), rows, right=True)
+        expert = torch.searchsorted(offsets.to(grad.device, rows.dtype), rows, right=True)
         bias_gradient = grad.new_zeros(weight.shape[0] + 1, grad.shape[1]).index_add(0, expert, grad)[:-1]
     if ctx.needs_input_grad[0]:
         input_gradient = torch.ops.hf_sparse24.experts_linear_backward(

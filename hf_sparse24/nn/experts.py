@@ -107,8 +107,8 @@ class Sparse24Experts(PackedModule):
 
         Args:
             input (`Tensor`): (S, K) in float32, float16 or bfloat16: the tokens of expert 0, those of expert 1 ...
-            offsets (`Tensor`): (E,) int32 or int64: before which row the tokens of each expert end. Best on the CPU
-                (see `kernels.ops`).
+            offsets (`Tensor`): (E,) int32 or int64: before which row the tokens of each expert end. Best where
+                `reads_offsets_on_host` says.
             bias (`Tensor`, *optional*): (E, N).
 
         Returns:
@@ -125,6 +125,10 @@ class Sparse24Experts(PackedModule):
         if input.is_cuda and not needs_gradient and not torch.compiler.is_compiling() and nobody_traces(input):
             return experts.experts_linear(input, offsets, *weight, bias, *how)
         return torch.ops.hf_sparse24.experts_linear(input, offsets, *weight, bias, *how)
+
+    def reads_offsets_on_host(self, rows: int) -> bool:
+        """Tell whether for so many rows the host reads the offsets, as on a CPU and for many tokens on a GPU."""
+        return rows > self._few_tokens
 
     def _prepare(self) -> Prepared:
         return experts.prepare(self.packed, self.backend)

@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
+from hf_sparse24.kernels.experts import offsets_on_host
 from hf_sparse24.nn.experts import Sparse24Experts
 from hf_sparse24.selection import Selection, Target
 
@@ -21,8 +22,9 @@ from hf_sparse24.selection import Selection, Target
 def forward_routed(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Return what the experts make of tokens: transformers' `grouped_mm_experts_forward` with packed stacks.
 
-    The tokens are sorted by expert once, and how many each expert has is read on the host once: on a GPU the host
-    waits for it, as it does in transformers' eager forward, and a CUDA graph cannot be captured.
+    The tokens are sorted by expert once. How many each expert has is read on the host only where a projection needs to
+    know it there (`Sparse24Experts.reads_offsets_on_host`), and then once: on a GPU the host waits for it, as it does
+    in transformers' eager forward, and a CUDA graph cannot be captured.
 
     Args:
         module (`nn.Module`): the experts, with a `Sparse24Experts` in the place of each parameter.
@@ -31,14 +33,15 @@ def forward_routed(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor
             index that is no expert's counts nothing.
 
     Raises:
-        `RuntimeError`: a CUDA graph is being captured.
+        `RuntimeError`: a CUDA graph is being captured of so many tokens that the host has to know.
     """
     tokens, top_k = top_k_index.shape
     expert, order = top_k_index.flatten().sort()
     first, _ = (getattr(module, name) for name in stacks_of(module))
     numbers = torch.arange(first.num_experts, device=expert.device, dtype=expert.dtype)
-    offsets = _on_host(torch.searchsorted(expert, numbers, right=True))
-    output = _apply_experts(module, hidden_states[order // top_k], offsets)
+    offsets = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+    rows = hidden_states[order // top_k]
+    output = _apply_experts(module, rows, offsets_on_host(offsets) if _are_read_on_host(module, rows) else offsets)
     output = output * top_k_weights.flatten()[order, None]
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     # A sum over k in place of index_add_, whose order is another in every run on a GPU.
@@ -49,7 +52,8 @@ def forward_batched(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """Return what Llama 4's experts make of a copy of all tokens each, (E * tokens, hidden), one after the other."""
     first, second = (getattr(module, name) for name in stacks_of(module))
     rows = hidden_states.reshape(-1, first.in_features)
-    offsets = torch.arange(1, first.num_experts + 1, device="cpu") * (len(rows) // first.num_experts)
+    device = "cpu" if _are_read_on_host(module, rows) else rows.device
+    offsets = torch.arange(1, first.num_experts + 1, device=device) * (len(rows) // first.num_experts)
     gate, up = first(rows, offsets).chunk(2, dim=-1)
     return second(up * module.act_fn(gate), offsets)
 
@@ -66,13 +70,8 @@ def _apply_experts(module: nn.Module, rows: Tensor, offsets: Tensor) -> Tensor:
     return module.post_expert_norm(rows) if getattr(module, "has_post_expert_norm", False) else rows
 
 
-def _on_host(offsets: Tensor) -> Tensor:
-    if offsets.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Packed experts need to know on the host how many tokens each has, which a CUDA graph cannot tell "
-            "while it is captured. Run mixtures of packed experts without CUDA graphs."
-        )
-    return offsets.cpu()
+def _are_read_on_host(module: nn.Module, rows: Tensor) -> bool:
+    return any(getattr(module, name).reads_offsets_on_host(len(rows)) for name in stacks_of(module))
 
 
 _OWN_FORWARDS = {"Llama4TextExperts": forward_batched}

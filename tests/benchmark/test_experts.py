@@ -10,6 +10,7 @@ from hf_sparse24.benchmark.experts import MIXTURES, Mixture, benchmark_experts
 from hf_sparse24.benchmark.figures import describe
 from hf_sparse24.benchmark.results import OK, read_csv
 from hf_sparse24.benchmark.roofline import Machine
+from hf_sparse24.benchmark.timing import Timing
 
 CPU = torch.device("cpu")
 TINY = Mixture("tiny", 4, 2, 32, 16)
@@ -19,18 +20,21 @@ TINY = Mixture("tiny", 4, 2, 32, 16)
 def quick(monkeypatch):
     monkeypatch.setattr(experts, "measure_machine", lambda device: Machine(1000.0, 100.0, 200.0))
     monkeypatch.setattr(experts, "time_stream", lambda call, device: [call(), 10.0][1])
+    monkeypatch.setattr(experts, "time_calls", lambda calls, device: Timing([call() for call in calls] and 10.0, 5.0))
 
 
 def test_every_candidate_is_right_and_timed():
     found = list(benchmark_experts(TINY, [1, 9], CPU))
-    assert [row.tokens for rows in found for row in rows] == [1] * 4 + [9] * 4
-    for rows in found:
+    assert [row.tokens for rows in found for row in rows] == [1] * 8 + [9] * 8
+    for rows, mode in zip(found, 2 * ["eager", "CUDA graph"], strict=True):
+        assert {row.label for row in rows} == {f"tiny, 2 of 4, {mode}"}
+        assert {row.host_us for row in rows} == {None if mode == "eager" else 5.0}
         assert [row.candidate for row in rows] == ["dense-bf16", "2:4-bf16", "2:4-int8", "2:4-fp8"]
         assert {row.status for row in rows} == {OK}
         assert all(row.us == 10.0 and row.over_dense_bf16 == 1.0 for row in rows)
         assert rows[0].error is None
         assert all(row.error > 0 for row in rows[2:])
-    assert describe(found[0][0]) == "experts, tiny, 2 of 4 M=1"
+    assert describe(found[0][0]) == "experts, tiny, 2 of 4, eager M=1"
 
 
 def test_work_is_that_of_the_experts_that_have_tokens():
@@ -47,6 +51,21 @@ def test_a_wrong_result_has_no_time(monkeypatch):
     monkeypatch.setattr(experts, "TOLERANCE", dict.fromkeys(experts.TOLERANCE, -1.0))
     rows = next(benchmark_experts(TINY, [3], CPU))
     assert all(row.status.startswith("wrong: relative error") and row.us is None for row in rows[1:])
+
+
+def test_calls_of_a_graph_have_routings_of_their_own(monkeypatch):
+    monkeypatch.setattr(experts, "rotations", lambda size, device: 3)
+    seen = []
+    monkeypatch.setattr(
+        experts,
+        "time_calls",
+        lambda calls, device: [seen.append([call.args[0] for call in calls]), Timing(1.0, None)][1],
+    )
+    next(benchmark_experts(TINY, [5], CPU))
+    assert len(seen) == 4
+    for tokens in seen:
+        assert len(tokens) == 3
+        assert not torch.equal(tokens[0], tokens[1])
 
 
 def test_what_cannot_run_says_why():

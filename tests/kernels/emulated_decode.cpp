@@ -107,9 +107,14 @@ static void mma_sp(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]
 
 #include "decode.cu"
 
+#if GROUPED
+#define STACK_ARGUMENTS offsets, experts, pitch,
+#else
+#define STACK_ARGUMENTS
+#endif
 extern "C" void run(int width, int height, int shared_bytes, const u8 *x, const float *token_scale, const u8 *values,
-                    const u8 *indices, const float *scale, const u16 *bias, u16 *out, int tokens, int outputs,
+                    const u8 *indices, const float *scale, const u16 *bias, u16 *out, OF_A_STACK int tokens, int outputs,
                     int columns) {
-    emulate(width, height, shared_bytes, few_tokens_linear, x, token_scale, values, indices, scale, bias, out, tokens,
-            outputs, columns);
+    emulate(width, height, shared_bytes, few_tokens_linear, x, token_scale, values, indices, scale, bias, out,
+            STACK_ARGUMENTS tokens, outputs, columns);
 }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse24 import capability
-from hf_sparse24.kernels import cusparselt, decode, dispatch, float8, quantize_activations, zero_pruned
+from hf_sparse24.kernels import cusparselt, decode, dispatch, float8, grouped, quantize_activations, zero_pruned
 from hf_sparse24.packing import SMALLEST_TOKEN_SCALE, scatter_values
 
 from .emulation import emulator
@@ -26,6 +26,8 @@ _CACHED = (
     dispatch.takes_quantized,
     decode._compiled,
     decode._kernel,
+    grouped._compiled,
+    grouped._kernel,
     quantize_activations._quantize_token,
     quantize_activations._scale_product,
     cusparselt._open,
@@ -42,8 +44,10 @@ def load(file, function, names, capability):
 
 def launch(kernel, grid, threads, arguments, device, shared_memory=0):
     """Run an emulated kernel."""
-    integers = 1 if kernel.__name__ in ("scale", "zero") else 3
+    grouped = kernel.__name__ == "run" and len(arguments) == 13
+    integers = 5 if grouped else 1 if kernel.__name__ in ("scale", "zero") else 3
     pointers, numbers = arguments[:-integers], arguments[-integers:]
+    numbers = (numbers[0], ctypes.c_uint64(numbers[1]), *numbers[2:]) if grouped else numbers
     if kernel.__name__ == "quantize":
         numbers = (*numbers[:2], ctypes.c_float(SMALLEST_TOKEN_SCALE))
     extra = (shared_memory,) if kernel.__name__ == "run" else ()
@@ -107,7 +111,6 @@ def emulated_device(patch, compute=(9, 0)):
     patch.setattr(importlib.util, "find_spec", lambda name: name if name in there else find_spec(name))
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "get_device_capability", lambda *device: compute)
-    patch.setattr(decode, "clusters_at_once", lambda size, device: 132 // size)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     patch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
@@ -121,11 +124,13 @@ def emulated_device(patch, compute=(9, 0)):
     patch.setattr(float8, "metadata_of", lambda packed: packed.weight_indices.clone())
     patch.setattr(float8, "scaled_linear", _cutlass)
     patch.setattr(zero_pruned, "_on_device", lambda table, device: table)
-    for module in (decode, quantize_activations, zero_pruned):
+    for module in (decode, grouped, quantize_activations, zero_pruned):
         patch.setattr(module, "load", load)
         patch.setattr(module, "launch", launch)
         patch.setattr(module, "device_capability", lambda device: compute)
-    patch.setattr(decode, "allow_shared_memory", lambda *arguments: None)
+    for module in (decode, grouped):
+        patch.setattr(module, "clusters_at_once", lambda size, device: 132 // size)
+        patch.setattr(module, "allow_shared_memory", lambda *arguments: None)
     for cached in _CACHED:
         cached.cache_clear()
     try:

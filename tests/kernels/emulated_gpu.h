@@ -20,7 +20,7 @@
 #define __device__ static inline
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __cluster_dims__(...)
 #ifndef CLUSTER
 #define CLUSTER 1
@@ -66,6 +66,7 @@ static bool progress;
 
 #define threadIdx (current->thread)
 #define blockIdx (current->place)
+static Position gridDim;
 
 static void wait_at(Barrier &barrier, int threads) {
     long turn = barrier.turns;
@@ -125,6 +126,16 @@ static uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
     warp[threadIdx.x % 32][0] = value;
     __syncwarp();
     for (auto &lane : warp) value = lane[0] > value ? lane[0] : value;
+    __syncwarp();
+    return value;
+}
+
+static int __shfl_up_sync(uint32_t, int value, int distance) {
+    auto &warp = current->block->exchanged[threadIdx.x / 32];
+    int lane = threadIdx.x % 32;
+    warp[lane][0] = value;
+    __syncwarp();
+    value = warp[lane < distance ? lane : lane - distance][0];
     __syncwarp();
     return value;
 }
@@ -201,6 +212,7 @@ static void run_cluster(int x, int y, int shared_bytes) {
 template <typename Kernel, typename... Arguments>
 static void emulate(int width, int height, int shared_bytes, Kernel kernel, Arguments... arguments) {
     kernel_of_a_lane = [=] { kernel(arguments...); };
+    gridDim = {width, height};
     for (int y = 0; y < height; y += CLUSTER)
         for (int x = 0; x < width; ++x) run_cluster(x, y, shared_bytes);
 }

@@ -7,13 +7,17 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Llama4TextConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_sparse24 import pack_, prune_, set_backend_
-from hf_sparse24.kernels import decode, dispatch
+from hf_sparse24.kernels import decode, dispatch, experts, grouped
 from hf_sparse24.kernels.dispatch import FEW_QUANTIZED_TOKENS, FEW_TOKENS, choose
 from hf_sparse24.nn import Sparse24Experts, Sparse24Linear
+from hf_sparse24.nn.mixture import stacks_of
 from hf_sparse24.packing import unpack_weight
 from hf_sparse24.pattern import prune_2to4
 from tests.kernels.emulated_device import emulated_device
@@ -278,7 +282,7 @@ def test_a_model_packs_runs_and_changes_its_backend(device, monkeypatch, magnitu
 
 
 class TestExperts:
-    """A stack of experts takes the way of a layer for each expert that has tokens."""
+    """One launch runs a stack of experts; with much work for each, an expert takes the way of a layer."""
 
     OFFSETS = torch.tensor([1, 1, 74, 80])  # 1, 0, 73 and 6 rows
 
@@ -298,9 +302,28 @@ class TestExperts:
         assert (result.dtype, result.shape) == (x.dtype, exact.shape)
         assert (result.double() - exact).norm() <= ERROR[stack.quantization] * exact.norm()
 
+    @pytest.fixture
+    def one_by_one(self, monkeypatch):
+        """Let experts have so much work that a library is faster."""
+        monkeypatch.setattr(experts, "most_grouped_rows", lambda *arguments: 0)
+
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("quantization", list(ERROR))
-    def test_each_expert_takes_the_kernel_for_its_tokens(self, quantization, bias, device):
+    def test_one_launch_for_all_experts(self, quantization, bias, device, monkeypatch):
+        stack, seen, kernel = self.stack(quantization), [], grouped.grouped_linear
+        monkeypatch.setattr(grouped, "grouped_linear", lambda *a: seen.append(a[0].dtype) or kernel(*a))
+        x, of_experts = torch.randn(82, 192).bfloat16(), torch.randn(4, 128).bfloat16() if bias else None
+        for dtype in (torch.int32, torch.int64):
+            self.assert_right(stack, x, of_experts, self.OFFSETS.to(dtype))  # two rows are nobody's
+        self.assert_right(stack, x[:6], of_experts, torch.tensor([1, 1, 4, 6]))
+        self.assert_right(stack, x[:0], offsets=torch.zeros(4, dtype=torch.long))
+        # 21 rows on average: INT8 is then quantized on both sides, FP8 on no Hopper GPU.
+        assert seen == 2 * [torch.int8 if quantization == "int8" else torch.bfloat16] + 2 * [torch.bfloat16]
+        assert not device.problems
+
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("quantization", list(ERROR))
+    def test_each_expert_takes_the_kernel_for_its_tokens(self, quantization, bias, device, one_by_one):
         stack, x = self.stack(quantization), torch.randn(82, 192).bfloat16()  # two rows are nobody's
         self.assert_right(stack, x, torch.randn(4, 128).bfloat16() if bias else None)
         if quantization != "fp8":  # which is torchao's
@@ -324,7 +347,20 @@ class TestExperts:
             assert torch.equal(stack.weight, packed.weight)
         assert packed.state_dict().keys() <= {"weight", "weight_indices", "weight_scale"}
 
-    def test_activations_are_quantized_together_and_only_where_needed(self, device, monkeypatch):
+    def test_the_crossover_is_by_the_work_of_an_expert(self, device):
+        of_one = experts.GROUPED_MULTIPLICATIONS[torch.bfloat16] // (128 * 192)
+        stack = self.stack(None)
+        assert stack.weight_metadata is not None
+        assert experts.most_grouped_rows(stack.weight, stack.weight_metadata) == 4 * of_one
+        assert [stack.reads_offsets_on_host(rows) for rows in (4 * of_one, 4 * of_one + 1)] == [False, True]
+        large = torch.empty(8, 28672, 7168, dtype=torch.bfloat16, device="meta")  # more than a library's calls take
+        few = dispatch.FEW_TOKENS[torch.bfloat16]
+        assert experts.most_grouped_rows(large, stack.weight_metadata) == 8 * few
+        assert not self.stack(None, "nvrtc").reads_offsets_on_host(2**30)
+        for backend in ("cusparselt", "reference"):
+            assert self.stack(None, backend).reads_offsets_on_host(1)
+
+    def test_activations_are_quantized_together_and_only_where_needed(self, device, one_by_one, monkeypatch):
         stack, x = self.stack("int8"), torch.randn(200, 192).bfloat16()
         calls, quantize = [], dispatch.quantize_per_token
         monkeypatch.setattr(dispatch, "quantize_per_token", lambda *a: calls.append(len(a[0])) or quantize(*a))
@@ -339,7 +375,7 @@ class TestExperts:
     def test_shapes_that_no_library_takes(self, quantization, shape, device):
         stack = self.stack(quantization, rows=shape[0], columns=shape[1])
         assert stack.weight_metadata is None
-        # With 21 outputs an expert begins where the kernel cannot read.
+        # With 21 outputs an expert's scales and biases begin where the kernel cannot read.
         self.assert_right(stack, torch.randn(80, shape[1]).bfloat16(), torch.randn(4, shape[0]).bfloat16())
 
     @pytest.mark.parametrize("quantization", list(ERROR))
@@ -367,10 +403,43 @@ class TestExperts:
             # Two products and the gate between them are rounded to bfloat16.
             assert (module(*arguments) - expected).norm() <= 5 * ERROR[None] * expected.norm()
 
-    def test_a_cuda_graph_is_refused(self, device, monkeypatch):
-        module, input_dim = experts_of("mixtral")
-        arguments = routed(module)
-        pack_module_(module, input_dim)
+    @pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])
+    def test_nothing_is_read_on_the_host_for_few_tokens(self, model_type, device, monkeypatch):
+        module, arguments = self.wide_mixture(model_type)
+        expected = module(*arguments)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match="Run mixtures of packed experts without CUDA graphs"):
+
+        class Watching(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                assert function.__name__ not in ("item", "tolist", "cpu", "__bool__", "__int__", "nonzero")
+                return function(*args, **(kwargs or {}))
+
+        with Watching():
+            assert torch.equal(module(*arguments), expected)
+
+    def test_a_cuda_graph_of_many_tokens_is_refused(self, device, monkeypatch, one_by_one):
+        module, arguments = self.wide_mixture("mixtral")
+        module(*arguments)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="Capture graphs of fewer tokens, in 16 bits, or run without"):
             module(*arguments)
+
+    def wide_mixture(self, model_type):
+        """Return packed experts of a width that kernels take, and arguments."""
+        config = {
+            "mixtral": lambda: MixtralExperts(
+                MixtralConfig(hidden_size=64, intermediate_size=128, num_local_experts=4)
+            ),
+            "llama4_text": lambda: Llama4TextExperts(
+                Llama4TextConfig(hidden_size=64, intermediate_size=128, num_local_experts=4)
+            ),
+        }
+        module = config[model_type]().bfloat16().requires_grad_(False)
+        dim = -2 if model_type == "llama4_text" else -1
+        for name in stacks_of(module):
+            setattr(
+                module, name, nn.Parameter(prune_2to4(torch.randn_like(getattr(module, name)) / 8, dim=dim), False)
+            )
+        arguments = (torch.randn(12, 64),) if model_type == "llama4_text" else routed(module, hidden=64)
+        pack_module_(module, dim)
+        return module, [part.bfloat16() if part.is_floating_point() else part for part in arguments]

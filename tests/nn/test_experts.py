@@ -8,8 +8,10 @@ import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from hf_sparse24.kernels import experts as kernels
 from hf_sparse24.nn import Sparse24Experts
 from hf_sparse24.nn.mixture import pack_experts_, stacks_of, unpack_experts_, why_not_packed
 from hf_sparse24.packing import unpack_weight
@@ -228,3 +230,55 @@ def test_what_cannot_be_packed_is_told():
     assert why_not_packed(MyExperts()) == "MyExperts has a forward of its own, which reads the weights of its experts"
     assert why_not_packed(experts_of("mixtral")[0]) is None
     assert why_not_packed(experts_of("llama4_text")[0]) is None
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    """Mixtures of a width that every kernel takes, in bfloat16."""
+
+    def mixture(self, quantization, tokens):
+        config = MixtralConfig(hidden_size=256, intermediate_size=512, num_local_experts=8)
+        module = MixtralExperts(config).to("cuda", torch.bfloat16).requires_grad_(False)
+        for name in stacks_of(module):
+            stack = torch.randn_like(getattr(module, name)) / 16
+            setattr(module, name, nn.Parameter(prune_2to4(stack), requires_grad=False))
+        arguments = [part.cuda() for part in routed(module, tokens, hidden=256)]
+        arguments = [part.bfloat16() if part.is_floating_point() else part for part in arguments]
+        expected = module(*arguments)
+        pack_module_(module, -1, quantization)
+        return module, arguments, expected
+
+    # Three roundings to bfloat16 on the way, and what the products of 8-bit operands add.
+    def assert_near(self, found, expected, quantization):
+        assert (found - expected).norm() <= (0.01 + ERROR[quantization]) * expected.norm()
+
+    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    @pytest.mark.parametrize("tokens", [1, 16, 300])
+    def test_a_cuda_graph_serves_other_routings(self, tokens, quantization):
+        module, arguments, expected = self.mixture(quantization, tokens)
+        self.assert_near(module(*arguments), expected, quantization)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = module(*arguments)
+        for _ in range(2):
+            graph.replay()
+            self.assert_near(found, expected, quantization)
+            assert torch.equal(found, module(*arguments))
+            arguments[1].copy_(arguments[1].flip(0))
+            arguments[0].copy_(arguments[0].roll(1, 0))
+            expected = module(*arguments)
+
+    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    def test_it_compiles_as_one_graph_with_cuda_graphs(self, quantization):
+        module, arguments, expected = self.mixture(quantization, 16)
+        compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+        for _ in range(3):
+            self.assert_near(compiled(*arguments), expected, quantization)
+
+    @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+    def test_one_launch_and_a_product_each_agree(self, quantization, monkeypatch):
+        module, arguments, expected = self.mixture(quantization, 300)
+        monkeypatch.setattr(kernels, "most_grouped_rows", lambda *arguments: 0)
+        module.gate_up_proj.prepare_()
+        module.down_proj.prepare_()
+        self.assert_near(module(*arguments), expected, quantization)
