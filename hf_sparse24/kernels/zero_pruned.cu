@@ -34,8 +34,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) zero_pruned(const Tensor *
     u64 whole = tensor.count / 8;
     for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < whole; i += (u64)blocks * THREADS) {
         Eight eight = ((const Eight *)values)[i];
-        for (int j = 0; j < 8; ++j) eight.elements[j] = bits[i] >> j & 1 ? eight.elements[j] : 0;
-        ((Eight *)values)[i] = eight;
+        Element pruned = 0;
+        for (int j = 0; j < 8; ++j)
+            if (!(bits[i] >> j & 1)) pruned |= eight.elements[j], eight.elements[j] = 0;
+        if (pruned) ((Eight *)values)[i] = eight;  // weights are zero already where an optimizer moved by gradients
     }
     u64 last = 8 * whole + threadIdx.x;
     if (blockIdx.x == 0 && last < tensor.count && !(bits[whole] >> threadIdx.x & 1)) values[last] = 0;
