@@ -102,9 +102,7 @@ def model_card(
     """
     subject = model if isinstance(model, CardSubject) else CardSubject.of(model)
     _check(subject, base_model, benchmark, conditions)
-    if benchmark and is_emulated(conditions or {}):
-        logger.warning("The card leaves out the speed, which was measured on a CPU: it emulates the kernels.")
-        benchmark = ()
+    benchmark = _measured_on_a_gpu(benchmark, conditions)
     quantization = subject.quantization
     task = _task(subject.model_class)
     results = _eval_results(evaluations, task or "feature-extraction")
@@ -170,6 +168,14 @@ def append_section(
     ]
     with (Path(folder) / "README.md").open("a", encoding="utf8") as file:
         file.write("\n".join(section) + "\n")
+
+
+def _measured_on_a_gpu(benchmark: Sequence[Row], conditions: Mapping[str, str] | None) -> Sequence[Row]:
+    """Return the rows, or none, with a warning, where a CPU emulated the kernels."""
+    if not benchmark or not is_emulated(conditions or {}):
+        return benchmark
+    logger.warning("The card leaves out the speed, which was measured on a CPU: it emulates the kernels.")
+    return ()
 
 
 def _check(
