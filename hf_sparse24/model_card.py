@@ -103,25 +103,12 @@ def model_card(
     subject = model if isinstance(model, CardSubject) else CardSubject.of(model)
     _check(subject, base_model, benchmark, conditions)
     benchmark = _measured_on_a_gpu(benchmark, conditions)
-    quantization = subject.quantization
-    task = _task(subject.model_class)
-    results = _eval_results(evaluations, task or "feature-extraction")
-    data = ModelCardData(
-        base_model=base_model,
-        base_model_relation="quantized" if base_model and quantization else None,
-        library_name="transformers",
-        license=license,
-        pipeline_tag=task,
-        tags=[*TAGS, *([quantization] if quantization else [])],
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
     use = text.PACKED_USE if subject.packed else text.DENSE_USE
     return ModelCard.from_template(
-        data,
+        _metadata(subject, name, base_model, license, evaluations),
         template_path=str(TEMPLATE),
         name=name.rpartition("/")[2],
-        what_it_is=text.what_it_is(base_model, subject.packed, quantization),
+        what_it_is=text.what_it_is(base_model, subject.packed, subject.quantization),
         pattern=text.pattern(subject.totals),
         headline=text.headline(evaluations),
         made=[*text.made_lines(subject.record), text.dense_line(subject.kept_dense), *subject.notes, *notes],
@@ -168,6 +155,28 @@ def append_section(
     ]
     with (Path(folder) / "README.md").open("a", encoding="utf8") as file:
         file.write("\n".join(section) + "\n")
+
+
+def _metadata(
+    subject: CardSubject,
+    name: str,
+    base_model: str | None,
+    license: str | None,
+    evaluations: Sequence[Evaluation],
+) -> ModelCardData:
+    """Return what stands in the head of a card, for the Hub."""
+    quantization, task = subject.quantization, _task(subject.model_class)
+    results = _eval_results(evaluations, task or "feature-extraction")
+    return ModelCardData(
+        base_model=base_model,
+        base_model_relation="quantized" if base_model and quantization else None,
+        library_name="transformers",
+        license=license,
+        pipeline_tag=task,
+        tags=[*TAGS, *([quantization] if quantization else [])],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
 
 
 def _measured_on_a_gpu(benchmark: Sequence[Row], conditions: Mapping[str, str] | None) -> Sequence[Row]:
