@@ -70,7 +70,7 @@ KINDS = {
     "dense products": r"gemm|nvjet|xmma|cutlass|gemv|splitk",
     "packing": r"index_?select|index_?elementwise",
     "optimizer and clipping": r"adam|multi_tensor",
-    "masks": r"masked_fill|bitwise|MaskedFill|compare",
+    "masks": r"zero_pruned|masked_fill|bitwise|MaskedFill|compare",
     "loss": r"softmax|nll|cross_entropy",
     "copies and casts": r"copy|memcpy|memset|cast",
 }

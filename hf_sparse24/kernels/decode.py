@@ -22,13 +22,12 @@ MOST_TOKENS, MOST_QUANTIZED_TOKENS = 64, 128  # of a block; more tokens take mor
 _TOKEN_TILES = [
     next(tiles for tiles in (1, 2, 4, 8, 16) if 8 * tiles >= tokens) for tokens in range(MOST_QUANTIZED_TOKENS + 1)
 ]
-_ALIGNMENT = 16  # bytes, of what a lane copies at once
+ALIGNMENT = 16  # bytes, of what a lane copies at once
 _DTYPES = (torch.float16, torch.bfloat16)
 _OLDEST_FP8 = (8, 9)
 # Elsewhere the compiler makes mma.sp of FP8 from 16-bit products and exchanges between lanes: 2247 instructions where
 # INT8 takes 141, for sm_90 and the block (2, 7, 1, 8, 2, 4, 1).
 _NATIVE_FP8 = (8, 12)  # major numbers
-_USUAL_SHARED_MEMORY = 48 * 1024  # bytes that a block may have without asking
 
 
 @functools.cache
@@ -119,7 +118,7 @@ def _run(
 ) -> Tensor:
     """Launch the kernel, with blocks of at most so many tokens."""
     *leading, features = input.shape
-    rows, scale = _aligned(input), None if input_scale is None else _aligned(input_scale)
+    rows, scale = aligned(input), None if input_scale is None else aligned(input_scale)
     outputs, tokens = weight.shape[0], input.numel() // features
     pointers = _addresses(rows, scale, tokens, weight, weight_indices, weight_scale, bias, out_dtype)
     result = input.new_empty((*leading, outputs), dtype=out_dtype)
@@ -133,11 +132,11 @@ def _run(
     return result
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor, or a copy of one that is strided or a view from the middle of something."""
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor as kernels read it: a copy of one that is strided or a view from the middle of something."""
     if not tensor.is_contiguous():
         return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
 def _addresses(
@@ -165,7 +164,7 @@ def _addresses(
         0 if bias is None else bias.data_ptr(),
     )
     readable = (
-        not (addresses[2] | addresses[3] | addresses[4] | addresses[5]) % _ALIGNMENT
+        not (addresses[2] | addresses[3] | addresses[4] | addresses[5]) % ALIGNMENT
         and weight.get_device() == indices.get_device() == device
         and weight.is_contiguous()
         and indices.is_contiguous()
@@ -217,8 +216,7 @@ def _compiled(
     block = tiles(token_tiles, Problem(outputs, features, value_dtype, input_dtype, capability, at_once))
     kernel = _kernel(input_dtype, value_dtype, out_dtype, block, capability)
     size = block.shared_memory(value_dtype, input_dtype)
-    if size > _USUAL_SHARED_MEMORY:
-        allow_shared_memory(kernel, size, device)
+    allow_shared_memory(kernel, size, device)
     return _Compiled(kernel, block.threads, -(-outputs // block.rows) * block.cluster, block.tokens, size)
 
 

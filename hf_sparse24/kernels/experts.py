@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_sparse24.kernels import dispatch, grouped, ops, reference
+from hf_sparse24.kernels.decode import aligned
 from hf_sparse24.kernels.dispatch import Prepared
 from hf_sparse24.packing import PackedWeight
 
-_ALIGNMENT = 16  # bytes, of what kernels read
 _PITCH = 128  # bytes: what an expert takes of a library's buffer is a multiple of it
 _ALL_ROWS = 2**31 - 1
 
@@ -86,7 +86,8 @@ def offsets_on_host(offsets: Tensor) -> Tensor:
     if offsets.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "Packed experts that are run one by one need to know on the host how many tokens each has, which a CUDA "
-            "graph cannot tell while it is captured. Capture graphs of fewer tokens, in 16 bits, or run without."
+            "graph cannot tell while it is captured. Capture fewer tokens, with activations in 16 bits, or run without "
+            "a graph."
         )
     return offsets.cpu()
 
@@ -144,24 +145,19 @@ def _one_by_one(
         tokens = rows.stop - rows.start
         kernel = dispatch.choose(tokens, input.dtype, one.weight, metadata, backend)
         if kernel == "nvrtc":
-            one = PackedWeight(*(None if part is None else _aligned(part) for part in one))
+            one = PackedWeight(*(None if part is None else aligned(part) for part in one))
         if kernel == "nvrtc" and dispatch.keeps_16_bits(tokens, one.weight):
             products.append(dispatch.few_tokens_linear(input[rows], *one, bias_of_expert))
         elif one.weight_scale is None:
             products.append(dispatch.linear(input[rows], *one, bias_of_expert, metadata, backend))
         else:
             quantized = quantized or dispatch.quantize_per_token(input, one.weight.dtype)
-            values, scale = quantized[0][rows], _aligned(quantized[1][rows])
+            values, scale = quantized[0][rows], aligned(quantized[1][rows])
             how = (bias_of_expert, input.dtype, metadata, backend)
             products.append(dispatch.scaled_linear(values, scale, *one, *how))
     if len(products) == 1 and done == len(input):
         return products[0]
     return torch.cat([*products, input.new_zeros(len(input) - done, stack.weight.shape[1])])
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a tensor that begins where kernels read: a copy of one that does not."""
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 torch.library.register_kernel("hf_sparse24::experts_linear", "cuda", experts_linear)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse24.kernels.decode import (
+    ALIGNMENT,
     MOST_QUANTIZED_TOKENS,
     MOST_TOKENS,
+    aligned,
     decode_capability,
     definitions,
     scaled_capability,
@@ -25,10 +27,8 @@ from hf_sparse24.kernels.decode_blocks import Block, Problem, tiles
 from hf_sparse24.kernels.nvrtc import allow_shared_memory, clusters_at_once, device_capability, launch, load
 from hf_sparse24.packing import PackedWeight
 
-_ALIGNMENT = 16  # bytes, of what a lane copies at once
 _SCALES = 4  # whose number is a multiple of it: scales and biases of an expert
 _TOKEN_TILES = (1, 2, 4, 8, 16)  # of 8 tokens
-_USUAL_SHARED_MEMORY = 48 * 1024  # bytes that a block may have without asking
 
 
 def grouped_linear(
@@ -61,11 +61,11 @@ def grouped_linear(
     result = input.new_empty((rows, outputs), dtype=out_dtype)
     if not (rows and outputs):
         return result
-    weight, indices = _aligned_experts(stack.weight), _aligned(stack.weight_indices)
+    weight, indices = _aligned_experts(stack.weight), aligned(stack.weight_indices)
     scale, bias = (None if part is None else _padded(part) for part in (stack.weight_scale, bias))
     input_scale = None if input_scale is None else input_scale.contiguous()
     offsets = offsets.contiguous()
-    tensors = (_aligned(input), input_scale, weight, indices, scale, bias, result, offsets)
+    tensors = (aligned(input), input_scale, weight, indices, scale, bias, result, offsets)
     busy, device = min(experts, rows), input.get_device()
     tile = token_tiles(rows / busy, MOST_TOKENS if input.itemsize == 2 else MOST_QUANTIZED_TOKENS)
     block, kernel = _compiled(input.dtype, weight.dtype, out_dtype, tile, outputs, features, busy, device)
@@ -122,8 +122,7 @@ def _compiled(
     block = tiles(tile, problem)
     kernel = _kernel(input_dtype, value_dtype, out_dtype, block, problem.blocks_at_once(block), capability)
     size = block.shared_memory(value_dtype, input_dtype)
-    if size > _USUAL_SHARED_MEMORY:
-        allow_shared_memory(kernel, size, device)
+    allow_shared_memory(kernel, size, device)
     return block, kernel
 
 
@@ -183,20 +182,13 @@ def _check(
         raise ValueError("The kernel for few tokens takes activations quantized as the weight is.")
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """Return a contiguous tensor that begins where the kernel reads: a copy of one that is not so."""
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
-
-
 def _aligned_experts(weight: Tensor) -> Tensor:
     """Return values whose experts are contiguous and aligned each, with whatever is between them."""
-    aligned = weight.data_ptr() % _ALIGNMENT == weight.stride(0) * weight.itemsize % _ALIGNMENT == 0
-    return weight if aligned and weight[0].is_contiguous() else _aligned(weight)
+    begin_there = weight.data_ptr() % ALIGNMENT == weight.stride(0) * weight.itemsize % ALIGNMENT == 0
+    return weight if begin_there and weight[0].is_contiguous() else aligned(weight)
 
 
 def _padded(rows: Tensor) -> Tensor:
     """Return scales or biases (E, N) with room for a multiple of four in each row: a copy where there is none."""
     missing = -rows.shape[1] % _SCALES
-    return _aligned(F.pad(rows, (0, missing)) if missing else rows)
+    return aligned(F.pad(rows, (0, missing)) if missing else rows)

@@ -15,6 +15,7 @@ import torch
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _HEADER = "overlap.h"  # that every file includes
 _OLDEST_OVERLAP = (9, 0)
+_USUAL_SHARED_MEMORY = 48 * 1024  # bytes
 
 
 @functools.cache
@@ -65,7 +66,9 @@ def compile_cuda(file: str, definitions: Mapping[str, int], capability: tuple[in
 
 
 def allow_shared_memory(kernel: Any, size: int, device: int) -> None:
-    """Let a kernel ask for `size` bytes of dynamic shared memory on a device, more than the usual 48 KiB."""
+    """Let a kernel ask for `size` bytes of dynamic shared memory on a device; up to 48 KiB it may without."""
+    if size <= _USUAL_SHARED_MEMORY:
+        return
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -1,7 +1,7 @@
 """Zeros where masks have no bit, in all weights or gradients of a model at once: a launch for each dtype and device.
 
-A mask has a bit for each weight (`training.masks`). Through torch's operators it takes a handful of launches a weight,
-which cost the host of a small model more than its training step has to spare; here the bits are read as they are.
+A mask has a bit for each weight (`training.masks`). torch's operators make a bool of each bit first, in a handful of
+launches a weight; here the bits are read as they are.
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse24.capability import backend_capability
+from hf_sparse24.kernels.decode import ALIGNMENT
 from hf_sparse24.kernels.nvrtc import device_capability, launch, load
 
-_ALIGNMENT = 16  # bytes, of what a thread reads at once
 _THREADS = 256
 _MOST_BLOCKS = 64  # of a tensor
 
@@ -31,7 +31,7 @@ def takes(tensor: Tensor, bits: Tensor) -> bool:
         tensor.is_cuda
         and tensor.itemsize in (2, 4)
         and tensor.is_contiguous()
-        and tensor.data_ptr() % _ALIGNMENT == 0
+        and tensor.data_ptr() % ALIGNMENT == 0
         and bits.get_device() == tensor.get_device()
         and _can_run()
     )
