@@ -86,8 +86,8 @@ def offsets_on_host(offsets: Tensor) -> Tensor:
     if offsets.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "Packed experts that are run one by one need to know on the host how many tokens each has, which a CUDA "
-            "graph cannot tell while it is captured. Capture fewer tokens, with activations in 16 bits, or run without "
-            "a graph."
+            "graph cannot tell while it is captured. Capture fewer tokens, with activations in 16 bits, or run "
+            "without a graph."
         )
     return offsets.cpu()
 
